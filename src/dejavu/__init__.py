@@ -1,0 +1,1 @@
+"""dejavu: contextual sparsity for fast decoding of language models."""

@@ -1,0 +1,1 @@
+"""Checkpoints: where they come from, and how their weights are laid out."""

@@ -1,0 +1,116 @@
+"""The map from a checkpoint's tensors to the layout, and the reading of config.json fields.
+
+A family file is written with these few words: each names tensors once and says where they go.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dejavu.checkpoint.layout import Attention, Mlp, Norm
+from dejavu.config import ACTIVATIONS
+from dejavu.errors import CheckpointError
+
+
+@dataclass
+class Slot:
+    """Where one checkpoint tensor goes: `view.copy_(tensor.reshape(view.shape))`.
+
+    `shape` is the shape that the checkpoint must have; the view's own where not given.
+    """
+
+    view: Tensor
+    shape: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        self.shape = self.shape or tuple(self.view.shape)
+
+    def fill(self, tensor: Tensor) -> None:
+        """Copy a checked tensor into its place, converting the dtype."""
+        self.view.copy_(tensor.reshape(self.view.shape))
+
+
+def norm_slots(name: str, norm: Norm) -> dict[str, Slot]:
+    pairs = {"weight": norm.weight, "bias": norm.bias}
+    return {f"{name}.{key}": Slot(t) for key, t in pairs.items() if t is not None}
+
+
+def attention_slots(prefix: str, attn: Attention, *, out: str) -> dict[str, Slot]:
+    """Slots of `{q,k,v}_proj` and the output projection `out`, weights and biases."""
+    G, _, D, C = attn.blocks.shape
+    r = attn.heads_per_group
+    spans = {"q_proj": slice(0, r), "k_proj": slice(r, r + 1), "v_proj": slice(r + 1, r + 2)}
+    slots = {}
+    for name, span in spans.items():
+        rows = G * (span.stop - span.start) * D
+        slots[f"{prefix}{name}.weight"] = Slot(attn.blocks[:, span], (rows, C))
+        if attn.qkv_bias is not None:
+            slots[f"{prefix}{name}.bias"] = Slot(attn.qkv_bias[:, span], (rows,))
+    slots[f"{prefix}{out}.weight"] = Slot(attn.blocks[:, r + 2 :].permute(3, 0, 1, 2), (C, G * r * D))
+    if attn.out_bias is not None:
+        slots[f"{prefix}{out}.bias"] = Slot(attn.out_bias)
+    return slots
+
+
+def mlp_slots(prefix: str, mlp: Mlp, names: tuple[str, ...]) -> dict[str, Slot]:
+    """Slots of the MLP's matrices in row order: (fc1, fc2), or (gate, up, down)."""
+    slots = {f"{prefix}{name}.weight": Slot(mlp.rows[:, i]) for i, name in enumerate(names[:-1])}
+    slots[f"{prefix}{names[-1]}.weight"] = Slot(mlp.rows[:, -1].T)
+    if mlp.in_bias is not None:
+        columns = mlp.in_bias.view(mlp.rows.shape[0], -1)
+        slots |= {f"{prefix}{name}.bias": Slot(columns[:, i]) for i, name in enumerate(names[:-1])}
+        slots[f"{prefix}{names[-1]}.bias"] = Slot(mlp.out_bias)
+    return slots
+
+
+class Fields:
+    """Typed reads of a config.json; a missing or wrong field is a CheckpointError that names it."""
+
+    def __init__(self, config: dict):
+        self.config = config
+
+    def _get(self, name: str, default, kind: type, what: str):
+        value = self.config.get(name, default)
+        if value is None and default is not None:
+            value = default
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise CheckpointError(f"config.json: {name} must be {what}, found {value!r}")
+        return value
+
+    def int(self, name: str, default: int | None = None) -> int:
+        return self._get(name, default, int, "an integer")
+
+    def float(self, name: str, default: float | None = None) -> float:
+        return float(self._get(name, default, (int, float), "a number"))
+
+    def bool(self, name: str, default: bool | None = None) -> bool:
+        return self._get(name, default, bool, "true or false")
+
+    def optional_int(self, name: str):
+        return None if self.config.get(name) is None else self.int(name)
+
+    def token_ids(self, name: str) -> tuple:
+        """One token id, a list of them, or null."""
+        value = self.config.get(name)
+        ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise CheckpointError(f"config.json: {name} must be a token id or a list of them, found {value!r}")
+        return ids
+
+    def activation(self, name: str) -> str:
+        aliases = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
+        value = self.config.get(name)
+        value = aliases.get(value, value)
+        if value not in ACTIVATIONS:
+            raise CheckpointError(
+                f"config.json: {name} {value!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
+            )
+        return value
+
+    def divisible(self, name: str, by: str) -> None:
+        if self.int(name) % self.int(by):
+            raise CheckpointError(
+                f"config.json: {name} ({self.int(name)}) must be a multiple of {by} ({self.int(by)})"
+            )

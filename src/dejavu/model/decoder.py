@@ -1,0 +1,202 @@
+"""The decoder: one forward for prefill (PyTorch GEMMs) and one step for decode (our kernels).
+
+Both read the same weights in kernel layout and write the same cache. Which blocks stand in a layer, and in
+what order, follows from ModelConfig alone; a family adds no code here.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dejavu.checkpoint.layout import Layer, Norm, Weights
+from dejavu.config import Mode, ModelConfig
+from dejavu.kernels.reference import activate, rotate
+from dejavu.model.cache import KVCache
+from dejavu.model.rope import rope_table
+
+# Prefill works through a prompt in chunks, so that memory does not grow with T * I or T * S.
+PREFILL_CHUNK = 1024
+
+
+class Decoder:
+    """A model ready to run.
+
+    Args:
+        config: the architecture.
+        weights: in kernel layout, all on one device.
+        ops: the kernel backend of that device (dejavu.kernels.backend).
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, ops: ModuleType):
+        self.config, self.weights, self.ops = config, weights, ops
+        self.scale = config.head_dim**-0.5
+        self.device = weights.embed.device
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty cache for `batch` rows of up to `capacity` tokens, with its rotary table."""
+        c = self.config
+        table = None if c.rope is None else rope_table(c.rope, c.head_dim, capacity, c.max_position_embeddings)
+        return KVCache.allocate(c, batch, capacity, self.weights.dtype, self.ops.empty, table)
+
+    # Decode
+
+    def step(
+        self, ids: Tensor, positions: Tensor, cache: KVCache, *, mode: Mode = "dense", rows_read: Tensor | None = None
+    ) -> Tensor:
+        """One token for every row, through the kernels; can be captured and replayed.
+
+        Args:
+            ids: (B,) int32, the tokens to read.
+            positions: (B,) int32, where they stand; the cache holds positions 0 .. positions-1 of each row.
+            cache: mutated.
+            rows_read: (L, R) int64 or None; see kernels.reference.mlp.
+        Returns: logits (B, V) float32.
+        """
+        ops, c, w = self.ops, self.config, self.weights
+        x = ops.embed(ids, w.embed)
+        if w.project_in is not None:
+            x = ops.linear(x, w.project_in)
+        if w.position_table is not None:
+            ops.add_positions(x, positions, w.position_table, c.position_offset)
+
+        # `x` is the residual stream; `partials` and `bias` are what the last block adds to it.
+        partials = bias = None
+        for i, layer in enumerate(w.layers):
+            y = self._norm(x, partials, bias, layer.attn_norm) if c.norm_before else x
+            q = ops.attn_qkv(
+                y, layer.attn.blocks, layer.attn.qkv_bias, cache.cos_sin, positions, cache.k[i], cache.v[i]
+            )
+            o = ops.attend(q, cache.k[i], cache.v[i], positions, scale=self.scale, window=c.sliding_window)
+            partials = ops.attn_out(o, layer.attn.blocks)
+            y = self._norm(x, partials, layer.attn.out_bias, layer.mlp_norm if c.norm_before else layer.attn_norm)
+            partials, bias = (
+                ops.mlp(
+                    y,
+                    layer.mlp.rows,
+                    layer.mlp.in_bias,
+                    activation=c.activation,
+                    threshold=c.activation_threshold,
+                    activate_up=c.activate_up,
+                    exact=mode == "exact",
+                    rows_read=None if rows_read is None else rows_read[i],
+                ),
+                layer.mlp.out_bias,
+            )
+            if not c.norm_before:
+                x, partials, bias = self._norm(y, partials, bias, layer.mlp_norm), None, None
+        y = self._norm(x, partials, bias, w.final_norm, exists=c.final_norm)
+        if w.project_out is not None:
+            y = ops.linear(y, w.project_out)
+        return ops.linear(y, w.head)
+
+    def _norm(self, x: Tensor, partials: Tensor | None, bias: Tensor | None, norm: Norm, exists: bool = True) -> Tensor:
+        kind = self.config.norm if exists else "none"
+        return self.ops.add_norm(x, partials, bias, norm.weight, norm.bias, kind=kind, eps=self.config.norm_eps)
+
+    # Prefill
+
+    @torch.inference_mode()
+    def prefill(self, ids: Tensor, cache: KVCache, row: int = 0, *, all_logits: bool = False) -> Tensor:
+        """Read a whole prompt into one row of the cache, from position 0.
+
+        Args:
+            ids: (T,) integer, 1 <= T <= the cache's capacity.
+            all_logits: return the logits of every position, not of the last alone.
+        Returns: logits (V,) float32, or (T, V).
+        """
+        outputs = []
+        for start in range(0, ids.numel(), PREFILL_CHUNK):
+            chunk = ids[start : start + PREFILL_CHUNK].to(self.device).long()
+            hidden = self._forward(chunk, cache, row, start)
+            last = start + chunk.numel() == ids.numel()
+            if all_logits:
+                outputs.append(self._head(hidden))
+            elif last:
+                outputs.append(self._head(hidden[-1:]))
+        return torch.cat(outputs) if all_logits else outputs[0][0]
+
+    def _forward(self, ids: Tensor, cache: KVCache, row: int, start: int) -> Tensor:
+        """Hidden states (T, C) of tokens at positions start .. start+T, before the final norm."""
+        c, w = self.config, self.weights
+        x = w.embed[ids].float()
+        if w.project_in is not None:
+            x = _matmul(x, w.project_in.T)
+        if w.position_table is not None:
+            first = start + c.position_offset
+            x = x + w.position_table[first : first + ids.numel()].float()
+        for i, layer in enumerate(w.layers):
+            y = self._plain_norm(x, layer.attn_norm) if c.norm_before else x
+            x = x + self._attention(y, layer, cache, i, row, start)
+            x = x if c.norm_before else self._plain_norm(x, layer.attn_norm)
+            y = self._plain_norm(x, layer.mlp_norm) if c.norm_before else x
+            x = x + self._mlp(y, layer)
+            x = x if c.norm_before else self._plain_norm(x, layer.mlp_norm)
+        return x
+
+    def _attention(self, y: Tensor, layer: Layer, cache: KVCache, i: int, row: int, start: int) -> Tensor:
+        blocks = layer.attn.blocks
+        G, _, D, C = blocks.shape
+        r, T = layer.attn.heads_per_group, y.shape[0]
+        end = start + T
+        # One batched GEMM over the groups reads q, k and v in place: (G, T, (r+2) D).
+        qkv = _matmul(y, blocks[:, : r + 2].view(G, (r + 2) * D, C).transpose(1, 2)).view(G, T, r + 2, D)
+        if layer.attn.qkv_bias is not None:
+            qkv = qkv + layer.attn.qkv_bias[:, None]
+        q, k, v = qkv[:, :, :r], qkv[:, :, r], qkv[:, :, r + 1]
+        if cache.cos_sin is not None:
+            angles = cache.cos_sin[start:end]
+            q, k = rotate(q, angles[:, None]), rotate(k, angles)
+        cache.k[i][row, :, start:end] = k.to(cache.k.dtype)
+        cache.v[i][row, :, start:end] = v.to(cache.v.dtype)
+        keys, values = cache.k[i][row, :, :end], cache.v[i][row, :, :end]
+        mask = None
+        if start > 0 or self.config.sliding_window is not None:
+            at = torch.arange(start, end, device=y.device)[:, None] - torch.arange(end, device=y.device)
+            mask = (at >= 0) if self.config.sliding_window is None else (at >= 0) & (at < self.config.sliding_window)
+        o = F.scaled_dot_product_attention(
+            q.permute(0, 2, 1, 3).reshape(1, G * r, T, D).to(keys.dtype),
+            keys.repeat_interleave(r, 0)[None],
+            values.repeat_interleave(r, 0)[None],
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
+        )[0]
+        out = torch.zeros(T, C, device=y.device)
+        for h in range(G * r):
+            out += _matmul(o[h], blocks[h // r, r + 2 + h % r])
+        return out if layer.attn.out_bias is None else out + layer.attn.out_bias
+
+    def _mlp(self, y: Tensor, layer: Layer) -> Tensor:
+        c, rows = self.config, layer.mlp.rows
+        bias = None if layer.mlp.in_bias is None else layer.mlp.in_bias.view(rows.shape[0], -1)
+
+        def up(part: int) -> Tensor:
+            out = _matmul(y, rows[:, part].T)
+            return out if bias is None else out + bias[:, part]
+
+        h = activate(up(0), c.activation, c.activation_threshold)
+        if c.gated:
+            gate, h = h, up(1)
+            h = gate * (activate(h, c.activation, c.activation_threshold) if c.activate_up else h)
+        out = _matmul(h, rows[:, -1])
+        return out if layer.mlp.out_bias is None else out + layer.mlp.out_bias
+
+    def _head(self, x: Tensor) -> Tensor:
+        w = self.weights
+        y = self._plain_norm(x, w.final_norm) if self.config.final_norm else x
+        y = y if w.project_out is None else _matmul(y, w.project_out.T)
+        return _matmul(y, w.head.T)
+
+    def _plain_norm(self, x: Tensor, norm: Norm) -> Tensor:
+        if self.config.norm == "rms":
+            return F.rms_norm(x, x.shape[-1:], norm.weight, self.config.norm_eps)
+        return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, self.config.norm_eps)
+
+
+def _matmul(x: Tensor, w: Tensor) -> Tensor:
+    """x @ w with x rounded to the weights' dtype, in float32."""
+    return (x.to(w.dtype) @ w).float()
