@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -93,3 +95,65 @@ class ModelConfig:
     def modes(self) -> tuple[Mode, ...]:
         """The modes this architecture supports: exact needs an activation that is exactly zero."""
         return ("dense", "exact") if self.activation in ZEROING_ACTIVATIONS else ("dense",)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the tokens of one request are chosen, and when to stop.
+
+    Args:
+        max_new_tokens: at most this many; fewer where the context ends first.
+        temperature: 0 always takes the most likely token (greedy).
+        top_k: sample among the k most likely tokens only.
+        top_p: sample among the fewest tokens whose probabilities reach this sum.
+        min_p: drop tokens less likely than this fraction of the most likely one.
+        repetition_penalty: above 1 makes tokens of the prompt and of the text so far less likely.
+        seed: makes sampling repeatable; every prompt of a batch starts from it.
+        stop: the text ends before the first of these strings.
+        ignore_eos: go on after an end-of-sequence token.
+        logprobs: log-probabilities of each chosen token and of this many most likely ones (0: the chosen one alone),
+            under the model's own distribution, before temperature, penalty and filters.
+    Raises: ConfigError naming the field.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+
+        def check(name: str, good: bool, expected: str):
+            if not good:
+                raise ConfigError(f"{name} must be {expected}, found {getattr(self, name)!r}")
+
+        def number(name: str, good: Callable[[float], bool], expected: str):
+            value = getattr(self, name)
+            real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            check(name, real and good(value), expected)
+
+        def integer(name: str, low: int, high: int, expected: str):
+            value = getattr(self, name)
+            check(name, type(value) is int and low <= value < high, expected)
+
+        integer("max_new_tokens", 1, 2**31, "a positive integer")
+        number("temperature", lambda x: x >= 0, "a number of at least 0")
+        if self.top_k is not None:
+            integer("top_k", 1, 2**31, "a positive integer")
+        number("top_p", lambda x: 0 < x <= 1, "in (0, 1]")
+        number("min_p", lambda x: 0 <= x <= 1, "in [0, 1]")
+        number("repetition_penalty", lambda x: x > 0, "a number above 0")
+        if self.seed is not None:
+            integer("seed", 0, 2**63, "an integer in [0, 2^63)")
+        check("stop", all(isinstance(s, str) and s for s in self.stop), "strings that are not empty")
+        if self.logprobs is not None:
+            integer("logprobs", 0, 2**31, "an integer of at least 0")
+        if self.temperature == 0 and (self.top_k is not None or self.top_p < 1 or self.min_p > 0):
+            raise ConfigError("top_k, top_p and min_p need a temperature above 0: at 0 the likeliest token is taken")

@@ -16,7 +16,7 @@ from dejavu.errors import CheckpointError
 
 @dataclass
 class Slot:
-    """Where one checkpoint tensor goes: `view.copy_(tensor.reshape(view.shape))`.
+    """Where one checkpoint tensor goes: `view.copy_(tensor.reshape(view.shape))`, in pieces of rows.
 
     `shape` is the shape that the checkpoint must have; the view's own where not given.
     """
@@ -27,9 +27,15 @@ class Slot:
     def __post_init__(self):
         self.shape = self.shape or tuple(self.view.shape)
 
-    def fill(self, tensor: Tensor) -> None:
-        """Copy a checked tensor into its place, converting the dtype."""
-        self.view.copy_(tensor.reshape(self.view.shape))
+    @property
+    def unit(self) -> int:
+        """How many of the tensor's rows one row of the view takes."""
+        return self.shape[0] // self.view.shape[0]
+
+    def fill(self, rows: Tensor, first: int = 0) -> None:
+        """Copy rows `first`.. (multiples of `unit`) of a checked tensor into their place, converting the dtype."""
+        view = self.view[first // self.unit : (first + rows.shape[0]) // self.unit]
+        view.copy_(rows.reshape(view.shape))
 
 
 def norm_slots(name: str, norm: Norm) -> dict[str, Slot]:
@@ -102,7 +108,7 @@ class Fields:
     def activation(self, name: str) -> str:
         aliases = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
         value = self.config.get(name)
-        value = aliases.get(value, value)
+        value = aliases.get(str(value), value)
         if value not in ACTIVATIONS:
             raise CheckpointError(
                 f"config.json: {name} {value!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
@@ -110,7 +116,7 @@ class Fields:
         return value
 
     def divisible(self, name: str, by: str) -> None:
-        if self.int(name) % self.int(by):
+        if self.int(by) < 1 or self.int(name) % self.int(by):
             raise CheckpointError(
                 f"config.json: {name} ({self.int(name)}) must be a multiple of {by} ({self.int(by)})"
             )

@@ -26,7 +26,7 @@ def family(model_type: str | None) -> ModuleType:
 
     Raises: CheckpointError naming the supported types.
     """
-    if model_type not in FAMILIES:
+    if str(model_type) not in FAMILIES:
         raise CheckpointError(
             f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}"
         )

@@ -1,0 +1,322 @@
+// Every kernel, written once against Vec and compiled once an instruction set. Included by kernels_*.cpp after
+// the vec_*.h of that set, inside namespace dejavu::<set>.
+
+#include "rows.h"
+
+// Neurons that one pass of the MLP holds: their rows in the caches, their activations in L1.
+constexpr int64_t kBlock = 32;
+
+// Scratch of one thread, grown once and kept.
+template <class T, int Tag>
+T* scratch(int64_t n) {
+  thread_local std::vector<T> buffer;
+  if (static_cast<int64_t>(buffer.size()) < n) buffer.resize(n);
+  return buffer.data();
+}
+
+inline uint16_t to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>((bits >> 16) | 0x40);  // NaN stays NaN
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // nearest, ties to even
+}
+inline void put(float* p, float x) { *p = x; }
+inline void put(uint16_t* p, float x) { *p = to_bf16(x); }
+
+inline float activate(float x, Act act, float threshold) {
+  switch (act) {
+    case Act::relu: return x > 0 ? x : 0.0f;
+    case Act::fatrelu: return x > threshold ? x : 0.0f;
+    case Act::silu: return x / (1.0f + std::exp(-x));
+    case Act::gelu: return 0.5f * x * (1.0f + std::erf(x * 0.70710678f));
+    case Act::gelu_tanh: return 0.5f * x * (1.0f + std::tanh(0.79788456f * (x + 0.044715f * x * x * x)));
+  }
+  return x;
+}
+
+// (count, stride) pointers into a batch: p, p + stride, ...
+template <int Tag>
+const float* const* pointers(const float* p, int64_t count, int64_t stride) {
+  const float** out = scratch<const float*, Tag>(count);
+  for (int64_t i = 0; i < count; ++i) out[i] = p + i * stride;
+  return out;
+}
+
+template <class T>
+void embed(const EmbedArgs& a, int64_t b) {
+  const T* row = static_cast<const T*>(a.table) + (a.ids[b] + a.offset) * a.width;
+  float* out = a.out + b * a.width;
+  for_vecs(a.width, [&](int64_t i, int64_t n) {
+    const Vec w = load(row + i, n);
+    store(out + i, a.add ? add(load(out + i, n), w) : w, n);
+  });
+}
+
+void reduce(const ReduceArgs& a, int64_t unit) {
+  const int64_t chunks = ceil_div(a.width, kReduceColumns), b = unit / chunks;
+  const int64_t first = unit % chunks * kReduceColumns, count = std::min(kReduceColumns, a.width - first);
+  const float* part = a.partials + b * a.width + first;
+  float* x = a.x + b * a.width + first;
+  for_vecs(count, [&](int64_t i, int64_t n) {
+    Vec total = load(part + i, n);
+    for (int64_t s = 1; s < a.slices; ++s) total = add(total, load(part + s * a.batch * a.width + i, n));
+    if (a.bias) total = add(total, load(a.bias + first + i, n));
+    store(x + i, add(load(x + i, n), total), n);
+  });
+}
+
+void norm(const NormArgs& a, int64_t b) {
+  const float* x = a.x + b * a.width;
+  float* y = a.y + b * a.width;
+  const float width = static_cast<float>(a.width);
+  float mean = 0, scale = 1;
+  if (a.kind == NormKind::layer) mean = sum(fold(x, a.width, zero(), 0, [](Vec s, Vec v) { return add(s, v); })) / width;
+  if (a.kind != NormKind::none) {
+    const Vec minus = set1(-mean);
+    const Vec squares = fold(x, a.width, zero(), mean, [&](Vec s, Vec v) {
+      v = add(v, minus);
+      return fma(v, v, s);
+    });
+    scale = 1.0f / std::sqrt(sum(squares) / width + a.eps);
+  }
+  for_vecs(a.width, [&](int64_t i, int64_t n) {
+    Vec v = mul(add(load(x + i, n), set1(-mean)), set1(scale));
+    if (a.weight) v = mul(v, load(a.weight + i, n));
+    if (a.bias) v = add(v, load(a.bias + i, n));
+    store(y + i, v, n);
+  });
+}
+
+template <class T>
+void linear(const LinearArgs& a, int64_t unit) {
+  const int64_t first = unit * a.rows_per_unit, count = std::min(a.rows_per_unit, a.rows - first);
+  const T** rows = scratch<const T*, 0>(count + kRows);
+  // The rows after this unit's are the next unit's: likely this thread's, and in the shared cache if not.
+  for (int64_t i = 0; i < count + kRows; ++i)
+    rows[i] = static_cast<const T*>(a.weight) + std::min(first + i, a.rows - 1) * a.width;
+  dot_rows(rows, count, count + kRows, pointers<1>(a.x, a.batch, a.width), a.batch, a.width, a.out + first, 1, a.rows);
+  if (a.bias)
+    for (int64_t b = 0; b < a.batch; ++b)
+      for (int64_t i = first; i < first + count; ++i) a.out[b * a.rows + i] += a.bias[i];
+}
+
+// One unit: a share of the D rows of one part (a query head, the keys or the values) of one group, for all the
+// tokens that need it. With rotary positions rows i and i + D/2 go together, since they rotate each other.
+template <class T>
+void qkv(const QkvArgs& a, int64_t unit) {
+  const int64_t G = a.groups, r = a.heads_per_group, D = a.head_dim, C = a.width;
+  const int64_t index = unit / a.splits, split = unit % a.splits;
+  const int64_t id = a.plan ? a.plan[1 + index] : index;
+  const int64_t g = id / (r + 2), part = id % (r + 2);
+  const bool is_q = part < r, rotary = a.cos_sin && part <= r;
+  const int32_t* pending_from = a.plan ? a.plan + 1 + G * (r + 2) : nullptr;
+
+  // The tokens: the current one of each row of the batch, or all that are pending in this group.
+  const bool lazy = a.hidden && !is_q;
+  const int64_t most = a.batch * (lazy ? a.pending : 1);
+  const float** x = scratch<const float*, 1>(most);
+  int64_t* where = scratch<int64_t, 2>(2 * most);
+  int64_t tokens = 0;
+  for (int64_t b = 0; b < a.batch; ++b)
+    for (int64_t t = lazy ? pending_from[b * G + g] : a.positions[b]; t <= a.positions[b]; ++t, ++tokens) {
+      x[tokens] = lazy ? a.hidden + (b * a.pending + t % a.pending) * C : a.x + b * C;
+      where[2 * tokens] = b;
+      where[2 * tokens + 1] = t;
+    }
+
+  const int64_t pairs = rotary ? D / 2 : D, low = split * pairs / a.splits, high = (split + 1) * pairs / a.splits;
+  const int64_t half = high - low, count = rotary ? 2 * half : half;
+  const T* block = static_cast<const T*>(a.blocks) + (g * (2 * r + 2) + part) * D * C;
+  const T** rows = scratch<const T*, 0>(count);
+  for (int64_t i = 0; i < count; ++i) rows[i] = block + (i < half ? low + i : low + i - half + D / 2) * C;
+  float* out = scratch<float, 3>(count * tokens);
+  dot_rows(rows, count, count, x, tokens, C, out, tokens, 1);
+
+  for (int64_t t = 0; t < tokens; ++t) {
+    const int64_t b = where[2 * t], position = where[2 * t + 1];
+    const int64_t cached = ((b * G + g) * a.capacity + position) * D;
+    auto write = [&](int64_t d, float value) {
+      if (is_q)
+        a.q[(b * G * r + g * r + part) * D + d] = value;
+      else
+        put(static_cast<T*>(part == r ? a.k_cache : a.v_cache) + cached + d, value);
+    };
+    auto value = [&](int64_t i, int64_t d) {
+      return out[i * tokens + t] + (a.bias ? a.bias[(g * (r + 2) + part) * D + d] : 0.0f);
+    };
+    for (int64_t i = 0; i < half; ++i) {
+      const int64_t d = low + i;
+      if (!rotary) {
+        write(d, value(i, d));
+        continue;
+      }
+      const float cos = a.cos_sin[position * D + d], sin = a.cos_sin[position * D + D / 2 + d];
+      const float u = value(i, d), v = value(i + half, d + D / 2);
+      write(d, u * cos - v * sin);
+      write(d + D / 2, v * cos + u * sin);
+    }
+  }
+}
+
+// One unit: one row of the batch and one group, for all its selected heads, which share the cache's stream.
+template <class T>
+void attend(const AttendArgs& a, int64_t unit) {
+  const int64_t G = a.groups, r = a.heads_per_group, D = a.head_dim, b = unit / G, g = unit % G;
+  const float** q = scratch<const float*, 1>(r);
+  float** out = scratch<float*, 2>(r);
+  int64_t heads = 0;
+  for (int64_t i = 0, n = a.heads.size(G * r); i < n; ++i) {
+    const int64_t h = a.heads.at(i);
+    if (h / r != g) continue;
+    q[heads] = a.q + (b * G * r + h) * D;
+    out[heads++] = a.out + (b * G * r + h) * D;
+  }
+  if (heads == 0) return;
+
+  const int64_t end = a.positions[b] + 1, begin = a.window ? std::max<int64_t>(0, end - a.window) : 0, n = end - begin;
+  const int64_t at = ((b * G + g) * a.capacity + begin) * D;
+  float* scores = a.scores + (b * G + g) * r * a.capacity;
+  const T** rows = scratch<const T*, 0>(2 * n);
+  for (int64_t s = 0; s < n; ++s) {
+    rows[s] = static_cast<const T*>(a.k_cache) + at + s * D;
+    rows[n + s] = static_cast<const T*>(a.v_cache) + at + s * D;
+  }
+  dot_rows(rows, n, 2 * n, q, heads, D, scores, 1, a.capacity);
+
+  const Vec scale = set1(a.scale);
+  for (int64_t h = 0; h < heads; ++h) {
+    float* p = scores + h * a.capacity;
+    const float lowest = -std::numeric_limits<float>::infinity();
+    const Vec top = fold(p, n, set1(lowest), lowest, [](Vec m, Vec v) { return max(m, v); });
+    float lanes[Vec::kLanes];
+    store(lanes, top);
+    const Vec shift = set1(-a.scale * *std::max_element(lanes, lanes + Vec::kLanes));
+    for_vecs(n, [&](int64_t i, int64_t m) { store(p + i, exp(fma(load(p + i, m), scale, shift)), m); });
+    const float total = sum(fold(p, n, zero(), 0, [](Vec s, Vec v) { return add(s, v); }));
+    const Vec inverse = set1(1.0f / total);
+    for_vecs(n, [&](int64_t i, int64_t m) { store(p + i, mul(load(p + i, m), inverse), m); });
+    std::fill_n(out[h], D, 0.0f);
+  }
+  axpy_rows(rows + n, n, n, scores, 1, a.capacity, out, heads, D);
+}
+
+template <class T>
+void attn_out(const AttnOutArgs& a, int64_t slice) {
+  const int64_t r = a.heads_per_group, D = a.head_dim, C = a.width, all = a.heads.size(a.groups * r) * D;
+  const int64_t low = slice * all / a.slices, high = (slice + 1) * all / a.slices;
+  float* part = a.partials + slice * a.batch * C;
+  std::fill_n(part, a.batch * C, 0.0f);
+  float** out = scratch<float*, 2>(a.batch);
+  for (int64_t b = 0; b < a.batch; ++b) out[b] = part + b * C;
+  const T** rows = scratch<const T*, 0>(high - low);
+  for (int64_t i = low; i < high; ++i) {
+    const int64_t h = a.heads.at(i / D);
+    rows[i - low] = static_cast<const T*>(a.blocks) + (((h / r) * (2 * r + 2) + r + 2 + h % r) * D + i % D) * C;
+  }
+  for (int64_t i = low; i < high;) {
+    const int64_t count = std::min(high, (i / D + 1) * D) - i;  // up to the end of this head
+    axpy_rows(rows + (i - low), count, high - i, a.o + a.heads.at(i / D) * D + i % D, 1, a.groups * r * D, out, a.batch, C);
+    i += count;
+  }
+}
+
+// One unit: a slice of the selected neurons, block by block: dot products with their input rows, the activation,
+// then the sum of the output rows of those that stayed open.
+template <class T>
+void mlp(const MlpArgs& a, int64_t slice) {
+  const int64_t B = a.batch, C = a.width, kinds = a.row_kinds, all = a.neurons.size(a.neurons_total);
+  const int64_t low = slice * all / a.slices, high = (slice + 1) * all / a.slices;
+  const bool gated = kinds == 3;
+  float* part = a.partials + slice * B * C;
+  std::fill_n(part, B * C, 0.0f);
+  float** out = scratch<float*, 2>(B);
+  for (int64_t b = 0; b < B; ++b) out[b] = part + b * C;
+  const float* const* x = pointers<1>(a.x, B, C);
+  float* h = scratch<float, 3>(2 * kBlock * B);
+  float* up = h + kBlock * B;
+  int64_t read[3] = {0, 0, 0};
+
+  const T* rows[kBlock + kRows];
+  auto row = [&](int64_t neuron, int64_t kind) {
+    return static_cast<const T*>(a.rows) + (neuron * kinds + kind) * C;
+  };
+  for (int64_t i = low; i < high; i += kBlock) {
+    const int64_t count = std::min(kBlock, high - i);
+    int64_t neuron[kBlock];
+    for (int64_t k = 0; k < count; ++k) neuron[k] = a.neurons.at(i + k);
+
+    // Rows of `kind` of the neurons that are still open, and after them the first rows to be read next: those of
+    // the next kind, or the first kind of the next block where it isn't known yet which will be read.
+    auto list = [&](int64_t kind, int64_t open) {
+      for (int64_t k = 0; k < open; ++k) rows[k] = row(neuron[k], kind);
+      const bool next_block = a.exact || kind + 1 == kinds;
+      for (int64_t k = 0; k < kRows; ++k)
+        rows[open + k] = next_block ? row(a.neurons.at(std::min(i + count + k, all - 1)), 0)
+                                    : row(neuron[std::min(k, open - 1)], kind + 1);
+      read[kind] += open;
+    };
+    auto dots = [&](int64_t kind, int64_t open, float* to) {
+      list(kind, open);
+      dot_rows(rows, open, open + kRows, x, B, C, to, B, int64_t{1});
+      if (a.bias)
+        for (int64_t k = 0; k < open; ++k)
+          for (int64_t b = 0; b < B; ++b) to[k * B + b] += a.bias[neuron[k] * (kinds - 1) + kind];
+    };
+    // Keeps the neurons that are open in any row of the batch, in their order.
+    auto keep_open = [&](int64_t open) {
+      if (!a.exact) return open;
+      int64_t kept = 0;
+      for (int64_t k = 0; k < open; ++k) {
+        if (std::all_of(h + k * B, h + (k + 1) * B, [](float v) { return v == 0.0f; })) continue;
+        neuron[kept] = neuron[k];
+        std::copy_n(h + k * B, B, h + kept++ * B);
+      }
+      return kept;
+    };
+
+    dots(0, count, h);
+    for (int64_t k = 0; k < count * B; ++k) h[k] = activate(h[k], a.act, a.threshold);
+    int64_t open = keep_open(count);
+    if (gated && open) {
+      dots(1, open, up);
+      for (int64_t k = 0; k < open * B; ++k) h[k] *= a.activate_up ? activate(up[k], a.act, a.threshold) : up[k];
+      open = keep_open(open);
+    }
+    if (open) {
+      list(kinds - 1, open);
+      axpy_rows(rows, open, open + kRows, h, B, int64_t{1}, out, B, C);
+    }
+  }
+  if (a.rows_read)
+    for (int64_t k = 0; k < kinds; ++k) __atomic_fetch_add(a.rows_read + k, read[k], __ATOMIC_RELAXED);
+}
+
+// Reads memory as the row loops do, and does nothing else: the yardstick.
+void read_memory(const ReadArgs& a, int64_t unit) {
+  const int64_t first = unit * a.bytes_per_unit, n = std::min(a.bytes_per_unit, a.bytes - first) / 16;
+  const float* p = reinterpret_cast<const float*>(a.data + first);
+  const float* rows[2 * kRows];
+  for (int r = 0; r < 2 * kRows; ++r) rows[r] = p + r * n;  // the last four lie in the unit after this one
+  Vec acc[kRows] = {zero(), zero(), zero(), zero()};
+  for_lines<float, kRows>(rows, rows + kRows, n, [&](int64_t i) {
+    for (int v = 0; v < Lines<float>::kVecs; ++v, i += Vec::kLanes)
+      for (int r = 0; r < kRows; ++r) acc[r] = add(acc[r], load(rows[r] + i));
+  });
+  a.sink[unit] = sum(add(add(acc[0], acc[1]), add(acc[2], acc[3])));
+}
+
+inline const Kernels& table(const char* name) {
+  static const Kernels kernels = {
+      name,
+      {embed<float>, embed<uint16_t>},
+      reduce,
+      norm,
+      {linear<float>, linear<uint16_t>},
+      {qkv<float>, qkv<uint16_t>},
+      {attend<float>, attend<uint16_t>},
+      {attn_out<float>, attn_out<uint16_t>},
+      {mlp<float>, mlp<uint16_t>},
+      read_memory,
+  };
+  return kernels;
+}

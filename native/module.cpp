@@ -1,0 +1,330 @@
+// Python's view of the library: memory, threads, and the tape that decode steps are recorded on.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "memory.h"
+#include "ops.h"
+#include "pool.h"
+
+namespace nb = nanobind;
+using nb::literals::operator""_a;
+
+namespace dejavu {
+namespace {
+
+using Array = nb::ndarray<nb::device::cpu>;
+using MaybeArray = std::optional<Array>;
+
+void require(bool ok, const char* what) {
+  if (!ok) throw std::invalid_argument(what);
+}
+
+const Kernels* find_kernels(const std::string& isa) {
+  const Kernels* all[] = {kernels_avx512(), kernels_avx2(), kernels_portable()};
+  for (const Kernels* k : all)
+    if (k && (isa.empty() || isa == k->name)) return k;
+  return nullptr;
+}
+
+std::unique_ptr<Pool> pool = std::make_unique<Pool>(1);
+const Kernels* kernels = find_kernels("");
+
+bool contiguous(const Array& a) {
+  int64_t stride = 1;
+  for (size_t i = a.ndim(); i-- > 0; stride *= static_cast<int64_t>(a.shape(i)))
+    if (a.shape(i) > 1 && a.stride(i) != stride) return false;
+  return true;
+}
+
+DType weight_type(const Array& a) {
+  const auto code = static_cast<nb::dlpack::dtype_code>(a.dtype().code);
+  if (code == nb::dlpack::dtype_code::Float && a.dtype().bits == 32) return DType::f32;
+  require(code == nb::dlpack::dtype_code::Bfloat && a.dtype().bits == 16, "weights must be float32 or bfloat16");
+  return DType::bf16;
+}
+
+// A node is one kernel with its arguments.
+template <class Args>
+struct KernelNode final : Pool::Node {
+  Args args;
+  void (*kernel)(const Args&, int64_t);
+  KernelNode(const Args& a, void (*k)(const Args&, int64_t)) : args(a), kernel(k) {}
+  int64_t units() const override { return dejavu::units(args); }
+  void run(int64_t unit) const override { kernel(args, unit); }
+};
+
+// Which parts (query heads, keys, values) of which groups this step projects, and from which token on.
+// plan = [number of parts, parts (group * (r+2) + part) ..., first pending token of each (b, g)].
+// With lazy keys and values it also stores the step's input and advances kv_len.
+struct PlanNode final : Pool::Node {
+  QkvArgs args;
+  explicit PlanNode(const QkvArgs& a) : args(a) {}
+  int64_t units() const override { return 1; }
+  void run(int64_t) const override {
+    const QkvArgs& a = args;
+    const int64_t G = a.groups, r = a.heads_per_group, B = a.batch;
+    int32_t *count = a.plan, *parts = a.plan + 1, *first = parts + G * (r + 2);
+    *count = 0;
+    if (a.hidden)
+      for (int64_t b = 0; b < B; ++b)
+        std::copy_n(a.x + b * a.width, a.width, a.hidden + (b * a.pending + a.positions[b] % a.pending) * a.width);
+    int64_t i = 0;
+    const int64_t selected = a.heads.size(G * r);
+    for (int64_t g = 0; g < G; ++g) {
+      const int64_t before = i;
+      for (; i < selected && a.heads.at(i) < (g + 1) * r; ++i)
+        parts[(*count)++] = static_cast<int32_t>(g * (r + 2) + a.heads.at(i) - g * r);
+      bool project = i > before || !a.hidden;
+      for (int64_t b = 0; a.hidden && b < B; ++b) {
+        first[b * G + g] = a.kv_len[b * G + g];
+        project |= a.positions[b] + 1 - a.kv_len[b * G + g] >= a.pending;
+      }
+      if (!project) continue;
+      for (int64_t part = r; part < r + 2; ++part) parts[(*count)++] = static_cast<int32_t>(g * (r + 2) + part);
+      for (int64_t b = 0; a.hidden && b < B; ++b) a.kv_len[b * G + g] = a.positions[b] + 1;
+    }
+  }
+};
+
+// Ops recorded in order, replayed in one call. Holds on to every array it was given.
+class Tape {
+ public:
+  Tape() = default;
+  Tape(const Tape&) = delete;
+  Tape& operator=(const Tape&) = delete;
+
+  void replay() {
+    nb::gil_scoped_release release;
+    pool->run(order_.data(), order_.size());
+  }
+
+  size_t size() const { return order_.size(); }
+
+  void embed(const Array& ids, const Array& table, const Array& out, int64_t offset, bool add) {
+    const int64_t batch = ids.shape(0), width = table.shape(1);
+    require(out.ndim() == 2 && int64_t(out.shape(0)) == batch && int64_t(out.shape(1)) == width, "embed: shapes");
+    const DType t = weight_type(table);
+    push(EmbedArgs{ints(ids), raw(table), floats(out), batch, width, offset, add}, kernels->embed[int(t)]);
+  }
+
+  void add_norm(const Array& x, const MaybeArray& partials, const MaybeArray& partial_bias, const MaybeArray& weight,
+                const MaybeArray& bias, const Array& y, int kind, float eps) {
+    const int64_t batch = x.shape(0), width = x.shape(1);
+    if (partials) {
+      require(int64_t(partials->shape(1)) == batch && int64_t(partials->shape(2)) == width, "add_norm: shapes");
+      push(ReduceArgs{floats(x), floats(*partials), floats(partial_bias, width), int64_t(partials->shape(0)), batch,
+                      width},
+           kernels->reduce);
+    }
+    push(NormArgs{floats(x), floats(weight, width), floats(bias, width), floats(y), batch, width, NormKind(kind), eps},
+         kernels->norm);
+  }
+
+  void linear(const Array& x, const Array& weight, const MaybeArray& bias, const Array& out) {
+    const int64_t batch = x.shape(0), width = x.shape(1), rows = weight.shape(0);
+    require(int64_t(weight.shape(1)) == width && int64_t(out.shape(1)) == rows, "linear: shapes");
+    const DType t = weight_type(weight);
+    // About 64 KB a unit, so that threads finish together, in whole groups of four rows.
+    const int64_t per_unit = ceil_div(std::max<int64_t>(1, 65536 / (width * size_of(t))), 4) * 4;
+    push(LinearArgs{floats(x), raw(weight), floats(bias, rows), floats(out), batch, width, rows, per_unit},
+         kernels->linear[int(t)]);
+  }
+
+  void attn_qkv(const Array& x, const Array& blocks, const MaybeArray& bias, const MaybeArray& cos_sin,
+                const Array& positions, const Array& k_cache, const Array& v_cache, const MaybeArray& head_idx,
+                const MaybeArray& head_count, const MaybeArray& hidden, const MaybeArray& kv_len, const Array& q,
+                const MaybeArray& plan) {
+    QkvArgs a{};
+    a.batch = x.shape(0), a.width = x.shape(1);
+    a.groups = blocks.shape(0), a.heads_per_group = (int64_t(blocks.shape(1)) - 2) / 2, a.head_dim = blocks.shape(2);
+    a.capacity = k_cache.shape(2);
+    require(int64_t(blocks.shape(3)) == a.width && int64_t(k_cache.shape(1)) == a.groups &&
+                int64_t(k_cache.shape(0)) == a.batch && int64_t(k_cache.shape(3)) == a.head_dim,
+            "attn_qkv: shapes");
+    const DType t = weight_type(blocks);
+    require(weight_type(k_cache) == t && weight_type(v_cache) == t, "attn_qkv: the cache must have the weights' dtype");
+    require(!cos_sin || a.head_dim % 2 == 0, "attn_qkv: rotary positions need an even head_dim");
+    a.x = floats(x), a.blocks = raw(blocks), a.bias = floats(bias, a.groups * (a.heads_per_group + 2) * a.head_dim);
+    a.cos_sin = cos_sin ? floats(*cos_sin) : nullptr;
+    a.positions = ints(positions), a.k_cache = raw(k_cache), a.v_cache = raw(v_cache), a.q = floats(q);
+    a.heads = selection(head_idx, head_count);
+    if (hidden) {
+      require(bool(kv_len), "attn_qkv: lazy keys and values need kv_len");
+      a.hidden = floats(*hidden), a.pending = hidden->shape(1), a.kv_len = ints(*kv_len);
+    }
+    // About 128 KB a unit.
+    const int64_t pairs = std::max<int64_t>(1, a.head_dim / 2);
+    a.splits = std::clamp<int64_t>(a.head_dim * a.width * size_of(t) / 131072, 1, pairs);
+    if (hidden || head_idx) {
+      const size_t need = 1 + a.groups * (a.heads_per_group + 2) + a.batch * a.groups;
+      require(plan && plan->size() >= need, "attn_qkv: plan is too small");
+      a.plan = ints(*plan);
+      own(std::make_unique<PlanNode>(a));
+    }
+    push(a, kernels->qkv[int(t)]);
+  }
+
+  void attend(const Array& q, const Array& k_cache, const Array& v_cache, const Array& positions,
+              const MaybeArray& head_idx, const MaybeArray& head_count, const Array& out, const Array& scores,
+              float scale, int64_t window) {
+    AttendArgs a{};
+    a.batch = q.shape(0), a.groups = k_cache.shape(1), a.heads_per_group = int64_t(q.shape(1)) / a.groups;
+    a.head_dim = q.shape(2), a.capacity = k_cache.shape(2), a.window = window, a.scale = scale;
+    require(scores.size() >= q.shape(0) * q.shape(1) * a.capacity, "attend: scores is too small");
+    a.q = floats(q), a.k_cache = raw(k_cache), a.v_cache = raw(v_cache), a.positions = ints(positions);
+    a.out = floats(out), a.scores = floats(scores), a.heads = selection(head_idx, head_count);
+    push(a, kernels->attend[int(weight_type(k_cache))]);
+  }
+
+  void attn_out(const Array& o, const Array& blocks, const MaybeArray& head_idx, const MaybeArray& head_count,
+                const Array& partials) {
+    AttnOutArgs a{};
+    a.batch = o.shape(0), a.width = blocks.shape(3), a.groups = blocks.shape(0);
+    a.heads_per_group = (int64_t(blocks.shape(1)) - 2) / 2, a.head_dim = blocks.shape(2), a.slices = partials.shape(0);
+    require(int64_t(o.shape(1)) == a.groups * a.heads_per_group && int64_t(o.shape(2)) == a.head_dim &&
+                int64_t(partials.shape(2)) == a.width,
+            "attn_out: shapes");
+    a.o = floats(o), a.blocks = raw(blocks), a.partials = floats(partials), a.heads = selection(head_idx, head_count);
+    push(a, kernels->attn_out[int(weight_type(blocks))]);
+  }
+
+  void mlp(const Array& x, const Array& rows, const MaybeArray& bias, const MaybeArray& neuron_idx,
+           const MaybeArray& neuron_count, const MaybeArray& rows_read, const Array& partials, int act, float threshold,
+           bool activate_up, bool exact) {
+    MlpArgs a{};
+    a.batch = x.shape(0), a.width = x.shape(1), a.neurons_total = rows.shape(0), a.row_kinds = rows.shape(1);
+    a.slices = partials.shape(0);
+    require(int64_t(rows.shape(2)) == a.width && (a.row_kinds == 2 || a.row_kinds == 3), "mlp: shapes");
+    a.x = floats(x), a.rows = raw(rows), a.bias = floats(bias, a.neurons_total * (a.row_kinds - 1));
+    a.partials = floats(partials), a.neurons = selection(neuron_idx, neuron_count);
+    if (rows_read) {
+      require(rows_read->dtype() == nb::dtype<int64_t>() && int64_t(rows_read->size()) == a.row_kinds, "mlp: rows_read");
+      a.rows_read = static_cast<int64_t*>(raw(*rows_read));
+    }
+    a.act = Act(act), a.threshold = threshold, a.activate_up = activate_up, a.exact = exact;
+    push(a, kernels->mlp[int(weight_type(rows))]);
+  }
+
+ private:
+  void* raw(const Array& a) {
+    require(contiguous(a), "arrays must be contiguous");
+    held_.push_back(a);
+    return a.data();
+  }
+  float* floats(const Array& a) {
+    require(a.dtype() == nb::dtype<float>(), "expected float32");
+    return static_cast<float*>(raw(a));
+  }
+  float* floats(const MaybeArray& a, int64_t size) {
+    require(!a || int64_t(a->size()) == size, "a bias or a norm's parameters have the wrong size");
+    return a ? floats(*a) : nullptr;
+  }
+  int32_t* ints(const Array& a) {
+    require(a.dtype() == nb::dtype<int32_t>(), "expected int32");
+    return static_cast<int32_t*>(raw(a));
+  }
+  Selection selection(const MaybeArray& idx, const MaybeArray& count) {
+    require(bool(idx) == bool(count), "a selection is an index and a count");
+    return idx ? Selection{ints(*idx), ints(*count)} : Selection{};
+  }
+  void own(std::unique_ptr<Pool::Node> node) {
+    order_.push_back(node.get());
+    nodes_.push_back(std::move(node));
+  }
+  template <class Args>
+  void push(const Args& args, void (*kernel)(const Args&, int64_t)) {
+    own(std::make_unique<KernelNode<Args>>(args, kernel));
+  }
+
+  std::vector<std::unique_ptr<Pool::Node>> nodes_;
+  std::vector<const Pool::Node*> order_;
+  std::vector<Array> held_;
+};
+
+nb::ndarray<nb::numpy, uint8_t> allocate_array(size_t bytes) {
+  struct Block {
+    void* data;
+    size_t bytes;
+  };
+  auto* block = new Block{allocate(bytes), bytes};
+  nb::capsule owner(block, [](void* p) noexcept {
+    auto* b = static_cast<Block*>(p);
+    release(b->data, b->bytes);
+    delete b;
+  });
+  return {static_cast<uint8_t*>(block->data), {bytes}, owner};
+}
+
+// Best of `repeats` passes over `bytes` of memory with all threads, in bytes per second.
+double read_bandwidth(size_t bytes, int repeats) {
+  nb::gil_scoped_release release_gil;
+  constexpr int64_t kUnit = 1 << 20;
+  bytes = std::max<size_t>(bytes / kUnit, 1) * kUnit;
+  // One unit more: the last one prefetches past its end.
+  char* data = static_cast<char*>(allocate(bytes + kUnit));
+  std::memset(data, 1, bytes + kUnit);
+  std::vector<float> sink(bytes / kUnit);
+  const ReadArgs args{data, static_cast<int64_t>(bytes), kUnit, sink.data()};
+  const KernelNode<ReadArgs> node(args, kernels->read);
+  const Pool::Node* order[] = {&node};
+  double best = 0;
+  for (int i = 0; i < repeats; ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    pool->run(order, 1);
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    best = std::max(best, static_cast<double>(bytes) / seconds.count());
+  }
+  release(data, bytes + kUnit);
+  return best;
+}
+
+}  // namespace
+}  // namespace dejavu
+
+NB_MODULE(_native, m) {
+  using namespace dejavu;
+  m.def("allocate", &allocate_array, "bytes"_a, "Uninitialised memory in huge pages where the system gives them.");
+  m.def("read_bandwidth", &read_bandwidth, "num_bytes"_a, "repeats"_a,
+        "Best read bandwidth of `repeats` passes over `num_bytes` with all threads, in bytes per second.");
+  m.def(
+      "set_threads", [](int n) { pool = std::make_unique<Pool>(n); }, "n"_a);
+  m.def("num_threads", [] { return pool->size(); });
+  m.def("isa", [] { return kernels->name; });
+  m.def("isas", [] {
+    std::vector<std::string> names;
+    for (const Kernels* k : {kernels_avx512(), kernels_avx2(), kernels_portable()})
+      if (k) names.emplace_back(k->name);
+    return names;
+  });
+  m.def(
+      "set_isa",
+      [](const std::string& isa) {
+        const Kernels* found = find_kernels(isa);
+        require(found != nullptr, "unknown or unavailable instruction set");
+        kernels = found;
+      },
+      "isa"_a);
+  nb::class_<Tape>(m, "Tape")
+      .def(nb::init<>())
+      .def("replay", &Tape::replay)
+      .def("__len__", &Tape::size)
+      .def("embed", &Tape::embed)
+      .def("add_norm", &Tape::add_norm)
+      .def("linear", &Tape::linear)
+      .def("attn_qkv", &Tape::attn_qkv)
+      .def("attend", &Tape::attend)
+      .def("attn_out", &Tape::attn_out)
+      .def("mlp", &Tape::mlp);
+}

@@ -1,0 +1,150 @@
+// The decode step's ops as plain data: what a kernel reads and writes, and how its work divides into units.
+//
+// An op becomes one or more nodes of a tape. A node's work is a number of units that any thread may take;
+// no unit writes what another reads, so a result does not depend on threads or timing.
+#pragma once
+
+#include <cstdint>
+
+namespace dejavu {
+
+enum class DType : int { f32 = 0, bf16 = 1 };
+inline constexpr int kDTypes = 2;
+inline int64_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
+
+// Activations, in the order of config.ACTIVATIONS.
+enum class Act : int { relu = 0, fatrelu, silu, gelu, gelu_tanh };
+enum class NormKind : int { none = 0, layer, rms };
+
+// First `count[0]` entries of `idx` are selected; idx == nullptr selects all.
+struct Selection {
+  const int32_t* idx = nullptr;
+  const int32_t* count = nullptr;
+  int64_t size(int64_t all) const { return idx ? *count : all; }
+  int64_t at(int64_t i) const { return idx ? idx[i] : i; }
+};
+
+struct EmbedArgs {
+  const int32_t* ids;
+  const void* table;  // (V, E)
+  float* out;         // (B, E)
+  int64_t batch, width, offset;
+  bool add;  // out += table[ids + offset], else out = table[ids]
+};
+
+struct ReduceArgs {
+  float* x;               // (B, C), mutated
+  const float* partials;  // (S, B, C)
+  const float* bias;      // (C,) or null
+  int64_t slices, batch, width;
+};
+
+struct NormArgs {
+  const float* x;  // (B, C)
+  const float* weight;
+  const float* bias;
+  float* y;  // (B, C)
+  int64_t batch, width;
+  NormKind kind;
+  float eps;
+};
+
+struct LinearArgs {
+  const float* x;      // (B, C)
+  const void* weight;  // (N, C)
+  const float* bias;   // (N,) or null
+  float* out;          // (B, N)
+  int64_t batch, width, rows, rows_per_unit;
+};
+
+struct QkvArgs {
+  const float* x;        // (B, C)
+  const void* blocks;    // (G, 2r+2, D, C)
+  const float* bias;     // (G, r+2, D) or null
+  const float* cos_sin;  // (N, D) or null
+  const int32_t* positions;
+  void* k_cache;  // (B, G, S, D)
+  void* v_cache;
+  float* q;       // (B, H, D)
+  float* hidden;  // (B, P, C) or null: keys and values are lazy
+  int32_t* kv_len;
+  int32_t* plan;  // scratch: see plan_qkv
+  Selection heads;
+  int64_t batch, width, groups, heads_per_group, head_dim, capacity, pending, splits;
+};
+
+struct AttendArgs {
+  const float* q;  // (B, H, D)
+  const void* k_cache;
+  const void* v_cache;
+  const int32_t* positions;
+  float* out;     // (B, H, D)
+  float* scores;  // scratch (B, H, S)
+  Selection heads;
+  int64_t batch, groups, heads_per_group, head_dim, capacity, window;  // window 0: none
+  float scale;
+};
+
+struct AttnOutArgs {
+  const float* o;  // (B, H, D)
+  const void* blocks;
+  float* partials;  // (S, B, C)
+  Selection heads;
+  int64_t batch, width, groups, heads_per_group, head_dim, slices;
+};
+
+struct MlpArgs {
+  const float* x;    // (B, C)
+  const void* rows;  // (I, R, C)
+  const float* bias;
+  float* partials;  // (S, B, C)
+  int64_t* rows_read;  // (R,) or null
+  Selection neurons;
+  int64_t batch, width, neurons_total, row_kinds, slices;
+  Act act;
+  float threshold;
+  bool activate_up, exact;
+};
+
+struct ReadArgs {
+  const char* data;
+  int64_t bytes, bytes_per_unit;
+  float* sink;  // one a unit
+};
+
+// One table an instruction set. A kernel runs one unit of its node; `units` says how many there are.
+struct Kernels {
+  const char* name;
+  void (*embed[kDTypes])(const EmbedArgs&, int64_t unit);
+  void (*reduce)(const ReduceArgs&, int64_t unit);
+  void (*norm)(const NormArgs&, int64_t unit);
+  void (*linear[kDTypes])(const LinearArgs&, int64_t unit);
+  void (*qkv[kDTypes])(const QkvArgs&, int64_t unit);
+  void (*attend[kDTypes])(const AttendArgs&, int64_t unit);
+  void (*attn_out[kDTypes])(const AttnOutArgs&, int64_t unit);
+  void (*mlp[kDTypes])(const MlpArgs&, int64_t unit);
+  void (*read)(const ReadArgs&, int64_t unit);
+};
+
+inline constexpr int64_t kReduceColumns = 512;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int64_t units(const EmbedArgs& a) { return a.batch; }
+inline int64_t units(const ReduceArgs& a) { return a.batch * ceil_div(a.width, kReduceColumns); }
+inline int64_t units(const NormArgs& a) { return a.batch; }
+inline int64_t units(const LinearArgs& a) { return ceil_div(a.rows, a.rows_per_unit); }
+inline int64_t units(const QkvArgs& a) {
+  return (a.plan ? a.plan[0] : a.groups * (a.heads_per_group + 2)) * a.splits;
+}
+inline int64_t units(const AttendArgs& a) { return a.batch * a.groups; }
+inline int64_t units(const AttnOutArgs& a) { return a.slices; }
+inline int64_t units(const MlpArgs& a) { return a.slices; }
+inline int64_t units(const ReadArgs& a) { return ceil_div(a.bytes, a.bytes_per_unit); }
+
+// Instruction sets, best first; null where this build or this machine lacks one.
+const Kernels* kernels_avx512();
+const Kernels* kernels_avx2();
+const Kernels* kernels_portable();
+
+}  // namespace dejavu

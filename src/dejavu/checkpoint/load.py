@@ -1,0 +1,97 @@
+"""From a checkpoint's tensors to the kernel layout: everything is checked first, then copied piece by piece."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from math import prod
+
+from dejavu.checkpoint.slots import Slot
+from dejavu.checkpoint.source import DTYPE_NAMES, Checkpoint
+from dejavu.device import parse_dtype
+from dejavu.errors import CheckpointError
+
+Progress = Callable[[int, int], None]
+
+# A wrong model_type makes every tensor wrong; past this many names a list says nothing more.
+NAMES_SHOWN = 20
+
+
+def match(
+    checkpoint: Checkpoint, slots: dict[str, Slot], *, prefixes: Iterable[str] = ("",), ignored: Iterable[str] = ()
+) -> dict[str, str]:
+    """Find the tensor of every slot, from the headers alone.
+
+    Args:
+        slots: by tensor name without prefix; only their shapes matter here.
+        prefixes: what may stand before a tensor's name, "" included.
+        ignored: regular expressions of tensors that may be there and are not read.
+    Returns: tensor name -> slot name, in the order of the files.
+    Raises: CheckpointError listing every tensor that is missing, unexpected, wrongly shaped or of an
+        unsupported dtype.
+    """
+    found, filled, unexpected = {}, set(), []
+    for name in checkpoint.headers:
+        bare = [name.removeprefix(prefix) for prefix in prefixes if name.startswith(prefix)]
+        slot = next((b for b in bare if b in slots and b not in filled), None)
+        if slot is not None:
+            found[name] = slot
+            filled.add(slot)
+        elif not any(re.search(pattern, name) for pattern in ignored):
+            unexpected.append(name)
+    headers = {name: checkpoint.headers[name] for name in found}
+    problems = {
+        "missing": [f"{name} {slot.shape}" for name, slot in slots.items() if name not in filled],
+        "unexpected": unexpected,
+        "wrongly shaped": [
+            f"{name} (expected {slots[found[name]].shape}, found {header.shape})"
+            for name, header in headers.items()
+            if header.shape != slots[found[name]].shape
+        ],
+        f"not {' or '.join(DTYPE_NAMES.values())}": [
+            f"{name} (found {header.dtype})"
+            for name, header in headers.items()
+            if header.dtype not in DTYPE_NAMES.values()
+        ],
+    }
+    if any(problems.values()):
+        lists = "; ".join(f"{len(names)} {kind}: {_shorten(names)}" for kind, names in problems.items() if names)
+        raise CheckpointError(f"{checkpoint.path}: the tensors are not those that config.json describes: {lists}")
+    return found
+
+
+def stored_dtype(checkpoint: Checkpoint, names: Iterable[str]) -> str:
+    """The dtype that most bytes of these tensors are stored in."""
+    size = Counter()
+    for name in names:
+        size[checkpoint.headers[name].dtype] += _nbytes(checkpoint, name)
+    return size.most_common(1)[0][0]
+
+
+def fill(
+    checkpoint: Checkpoint, slots: dict[str, Slot], names: dict[str, str], progress: Progress | None = None
+) -> None:
+    """Copy every tensor into its slot, converting the dtype, with a few megabytes of memory on top.
+
+    Args:
+        slots: mutated.
+        names: tensor name -> slot name, as `match` returned them.
+        progress: called with (bytes done, bytes in all) after every piece.
+    """
+    done, total = 0, sum(_nbytes(checkpoint, name) for name in names)
+    for name, first, rows in checkpoint.tensors({name: slots[slot].unit for name, slot in names.items()}):
+        slots[names[name]].fill(rows, first)
+        done += rows.nbytes
+        if progress is not None:
+            progress(done, total)
+
+
+def _nbytes(checkpoint: Checkpoint, name: str) -> int:
+    header = checkpoint.headers[name]
+    return prod(header.shape) * parse_dtype(header.dtype).itemsize
+
+
+def _shorten(names: list[str]) -> str:
+    more = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,72 @@
+"""Text to token ids and back, by the tokenizer that lies beside the checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from dejavu.config import ModelConfig
+from dejavu.errors import CheckpointError, ConfigError
+
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint.
+
+    Args:
+        folder: holds one of FILES; nothing is downloaded and no code of the checkpoint runs.
+        config: the model that the ids are for.
+    Raises: CheckpointError where the files are missing, damaged or of an unknown kind.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig):
+        if not any((folder / name).is_file() for name in FILES):
+            raise CheckpointError(f"{folder}: no tokenizer; expected one of {', '.join(FILES)}")
+        from transformers import AutoTokenizer
+
+        try:
+            self._hf = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as e:  # the tokenizers library raises bare Exceptions on damaged files
+            raise CheckpointError(f"{folder}: the tokenizer does not load: {' '.join(str(e).split())}") from e
+        self.vocab_size = config.vocab_size
+        bos = self._hf.bos_token_id
+        self.bos_id = config.bos_token_id if bos is None else bos
+        eos = set(config.eos_token_ids) | _generation_eos(folder / "generation_config.json")
+        if not eos and self._hf.eos_token_id is not None:
+            eos = {self._hf.eos_token_id}
+        self.eos_ids = frozenset(eos)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, with the token that begins every document put first where there is one.
+
+        Raises: ConfigError for a prompt that is empty or not valid Unicode.
+        """
+        if not text:
+            raise ConfigError("the prompt is empty; give at least one character")
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            raise ConfigError(f"the prompt is not valid Unicode: character {e.start + 1} is {text[e.start]!a}") from e
+        # verbose=False: the engine itself says when a prompt is too long.
+        ids = self._hf(text, verbose=False)["input_ids"]
+        return ids if self.bos_id is None or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens left out, spaces as they are."""
+        return self._hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _generation_eos(path: Path) -> set[int]:
+    """The end-of-sequence ids of a generation_config.json: chat models list more there than in config.json."""
+    if not path.is_file():
+        return set()
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as e:
+        raise CheckpointError(f"{path}: expected a JSON object: {e}") from e
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(i) is int for i in ids):
+        raise CheckpointError(f"{path}: eos_token_id must be a token id or a list of them, found {value!r}")
+    return set(ids)

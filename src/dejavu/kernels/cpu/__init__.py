@@ -1,0 +1,235 @@
+"""The native CPU backend: the ops of reference.py as nodes of a tape (native/).
+
+Outside `capture()` an op runs at once; inside, it is recorded, and `graph.replay()` runs the whole step in one
+native call with the GIL released.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from dejavu.config import ACTIVATIONS
+from dejavu.errors import ConfigError, KernelUnavailable
+from dejavu.kernels.cpu import _native
+from dejavu.kernels.reference import Selection
+
+_NORMS = ("none", "layer", "rms")
+
+# Slices of a sum over rows: enough for threads to finish together, few enough that adding them up is cheap
+# (32 slices of C = 4096 are 512 KB). They depend on the shape alone, so results don't depend on threads.
+_SLICE_BYTES, _MIN_SLICES, _MAX_SLICES = 512 << 10, 4, 32
+
+
+class Graph:
+    """A recorded step. Holds on to every tensor it was recorded with."""
+
+    def __init__(self):
+        self.tape = _native.Tape()
+
+    def replay(self) -> None:
+        """Run the recorded ops, in order, on the tensors' present contents."""
+        self.tape.replay()
+
+
+class _Capture:
+    graph: Graph
+
+
+_recording: ContextVar[Graph | None] = ContextVar("recording", default=None)
+
+
+@contextmanager
+def capture() -> Iterator[_Capture]:
+    """Record the ops called inside; the graph is `.graph` of the value, and nothing runs until it is replayed."""
+    holder = _Capture()
+    holder.graph = Graph()
+    token = _recording.set(holder.graph)
+    try:
+        yield holder
+    finally:
+        _recording.reset(token)
+
+
+def _issue(op: Callable, *args) -> None:
+    graph = _recording.get()
+    if graph is not None:
+        op(graph.tape, *args)
+        return
+    tape = _native.Tape()
+    op(tape, *args)
+    tape.replay()
+
+
+def set_threads(n: int) -> None:
+    """Use `n` threads for all later steps, the calling one included.
+
+    Raises: ConfigError unless n is positive.
+    """
+    if n < 1:
+        raise ConfigError(f"threads must be at least 1, found {n}")
+    _native.set_threads(n)
+
+
+def num_threads() -> int:
+    """Threads that a step runs on."""
+    return _native.num_threads()
+
+
+def isa() -> str:
+    """The instruction set in use: avx512, avx2 or portable."""
+    return _native.isa()
+
+
+def isas() -> list[str]:
+    """The instruction sets this machine and build can run, best first."""
+    return _native.isas()
+
+
+def set_isa(name: str) -> None:
+    """Use one instruction set for all ops recorded from now on.
+
+    Raises: KernelUnavailable where this machine or build lacks it.
+    """
+    if name not in _native.isas():
+        raise KernelUnavailable(f"instruction set {name!r} cannot run here; available: {', '.join(_native.isas())}")
+    _native.set_isa(name)
+
+
+def read_bandwidth(num_bytes: int, repeats: int) -> float:
+    """Read bandwidth of this machine with `num_threads()` threads, in bytes per second: best of `repeats` passes."""
+    return _native.read_bandwidth(num_bytes, repeats)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory, in huge pages where the system gives them; untouched pages take no memory."""
+    count = 1
+    for size in shape:
+        count *= size
+    data = torch.from_numpy(_native.allocate(max(count * dtype.itemsize, 1)))
+    return data[: count * dtype.itemsize].view(dtype).view(shape)
+
+
+def _floats(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32)
+
+
+def _slices(rows: int, row_bytes: int) -> int:
+    return max(1, min(_MAX_SLICES, max(_MIN_SLICES, rows * row_bytes // _SLICE_BYTES), rows))
+
+
+def _pair(selection: Selection) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if selection is None else selection
+
+
+def embed(ids: Tensor, table: Tensor) -> Tensor:
+    out = _floats(ids.shape[0], table.shape[1])
+    _issue(_native.Tape.embed, ids, table, out, 0, False)
+    return out
+
+
+def add_positions(x: Tensor, positions: Tensor, table: Tensor, offset: int) -> None:
+    _issue(_native.Tape.embed, positions, table, x, offset, True)
+
+
+def add_norm(
+    x: Tensor,
+    partials: Tensor | None,
+    partial_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    kind: str,
+    eps: float,
+) -> Tensor:
+    y = torch.empty_like(x)
+    _issue(_native.Tape.add_norm, x, partials, partial_bias, weight, bias, y, _NORMS.index(kind), eps)
+    return y
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    out = _floats(x.shape[0], weight.shape[0])
+    _issue(_native.Tape.linear, x, weight, bias, out)
+    return out
+
+
+def attn_qkv(
+    x: Tensor,
+    blocks: Tensor,
+    bias: Tensor | None,
+    cos_sin: Tensor | None,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    heads: Selection = None,
+    *,
+    hidden: Tensor | None = None,
+    kv_len: Tensor | None = None,
+) -> Tensor:
+    G, parts, D, _ = blocks.shape
+    r, B = (parts - 2) // 2, x.shape[0]
+    q = _floats(B, G * r, D)
+    plan = None
+    if heads is not None or hidden is not None:
+        plan = torch.empty(1 + G * (r + 2) + B * G, dtype=torch.int32)
+    _issue(
+        _native.Tape.attn_qkv,
+        *(x, blocks, bias, cos_sin, positions, k_cache, v_cache, *_pair(heads), hidden, kv_len, q, plan),
+    )
+    return q
+
+
+def attend(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    heads: Selection = None,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    out, scores = torch.empty_like(q), _floats(q.shape[0], q.shape[1], k_cache.shape[2])
+    _issue(
+        _native.Tape.attend, q, k_cache, v_cache, positions, *_pair(heads), out, scores, scale, window or 0
+    )
+    return out
+
+
+def attn_out(o: Tensor, blocks: Tensor, heads: Selection = None) -> Tensor:
+    _, H, D = o.shape
+    C = blocks.shape[3]
+    partials = _floats(_slices(H * D, C * blocks.element_size()), o.shape[0], C)
+    _issue(_native.Tape.attn_out, o, blocks, *_pair(heads), partials)
+    return partials
+
+
+def mlp(
+    x: Tensor,
+    rows: Tensor,
+    bias: Tensor | None,
+    neurons: Selection = None,
+    *,
+    activation: str,
+    threshold: float = 0.0,
+    activate_up: bool = False,
+    exact: bool = False,
+    rows_read: Tensor | None = None,
+) -> Tensor:
+    partials = _floats(_slices(rows.shape[0], rows[0].numel() * rows.element_size()), *x.shape)
+    _issue(
+        _native.Tape.mlp,
+        *(x, rows, bias, *_pair(neurons), rows_read, partials),
+        *(ACTIVATIONS.index(activation), threshold, activate_up, exact),
+    )
+    return partials
+
+
+if os.environ.get("DEJAVU_ISA"):
+    set_isa(os.environ["DEJAVU_ISA"])
+set_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
