@@ -128,8 +128,9 @@ class Tape {
                       width},
            kernels->reduce);
     }
-    push(NormArgs{floats(x), floats(weight, width), floats(bias, width), floats(y), batch, width, NormKind(kind), eps},
-         kernels->norm);
+    NormArgs a{floats(x), floats(weight, width), floats(bias, width), floats(y), batch, width, NormKind(kind), eps};
+    if (a.kind == NormKind::none) a.weight = a.bias = nullptr;
+    push(a, kernels->norm);
   }
 
   void linear(const Array& x, const Array& weight, const MaybeArray& bias, const Array& out) {

@@ -250,7 +250,11 @@ def mlp(
     rows, bias, total = _select_rows(rows, bias, neurons)
     gated = rows.shape[1] == 3
     weights = rows.float()
-    bias = torch.zeros(rows.shape[0], rows.shape[1] - 1, device=x.device) if bias is None else bias.view(total, -1)
+    bias = (
+        torch.zeros(rows.shape[0], rows.shape[1] - 1, device=x.device)
+        if bias is None
+        else bias.view(total, rows.shape[1] - 1)
+    )
     h = activate(x @ weights[:, 0].T + bias[:, 0], activation, threshold)
     open_rows = (h != 0).any(0)
     counts = [total, int(open_rows.sum()) if exact else total]

@@ -195,9 +195,7 @@ def attend(
     window: int | None = None,
 ) -> Tensor:
     out, scores = torch.empty_like(q), _floats(q.shape[0], q.shape[1], k_cache.shape[2])
-    _issue(
-        _native.Tape.attend, q, k_cache, v_cache, positions, *_pair(heads), out, scores, scale, window or 0
-    )
+    _issue(_native.Tape.attend, q, k_cache, v_cache, positions, *_pair(heads), out, scores, scale, window or 0)
     return out
 
 

@@ -1,0 +1,52 @@
+"""Sizes of tiles and grids, by op and GPU family: the only place where they stand.
+
+An entry is a pair: a batch of one, and larger batches. `BN` rows by `BC` columns of weights make a tile, `STAGES`
+tiles are in flight in a program, `SPLITS` programs share a sum. What to weigh: a GPU of 3 to 5 TB/s needs some
+30 KB of loads in flight on each multiprocessor, in 16-byte accesses, and a sparse layer has few rows to share out.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+# Programs of a grid that loops over its rows: enough for 16 on each of 132 multiprocessors.
+PROGRAMS = 2112
+
+# (op, family) -> (batch 1, larger batches). The family "any" serves GPUs without entries of their own.
+TABLE: dict[tuple[str, str], tuple[dict[str, int], dict[str, int]]] = {
+    ("add_norm", "any"): ({"BS": 16, "BC": 128, "num_warps": 8}, {"BS": 8, "BC": 256, "num_warps": 8}),
+    ("linear", "any"): (
+        {"BN": 4, "BC": 1024, "STAGES": 3, "num_warps": 4},
+        {"BN": 32, "BC": 128, "STAGES": 4, "num_warps": 4},
+    ),
+    ("attn_qkv", "any"): (
+        {"BN": 16, "BC": 256, "STAGES": 3, "num_warps": 4},
+        {"BN": 16, "BC": 128, "STAGES": 4, "num_warps": 4},
+    ),
+    ("attend", "any"): ({"BT": 64, "num_warps": 4}, {"BT": 64, "num_warps": 4}),
+    ("attn_out", "any"): (
+        {"BN": 8, "BC": 512, "STAGES": 3, "SPLITS": 264, "num_warps": 4},
+        {"BN": 32, "BC": 128, "STAGES": 3, "SPLITS": 264, "num_warps": 4},
+    ),
+    ("mlp_in", "any"): (
+        {"BN": 4, "BC": 1024, "STAGES": 3, "num_warps": 4},
+        {"BN": 32, "BC": 128, "STAGES": 4, "num_warps": 4},
+    ),
+    ("mlp_out", "any"): (
+        {"BN": 8, "BC": 512, "STAGES": 3, "SPLITS": 264, "num_warps": 4},
+        {"BN": 32, "BC": 128, "STAGES": 3, "SPLITS": 264, "num_warps": 4},
+    ),
+}
+
+
+@cache
+def family() -> str:
+    """The GPU's family, as "sm90"."""
+    return "sm{}{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else "any"
+
+
+def pick(op: str, batch: int) -> dict[str, int]:
+    """The sizes for an op on this GPU at a batch size; a copy."""
+    return dict(TABLE.get((op, family()), TABLE[op, "any"])[batch > 1])

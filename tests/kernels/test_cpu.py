@@ -1,0 +1,272 @@
+"""The native backend against the reference: every op, instruction set, dtype; odd sizes; counts 0, 1 and all."""
+
+import gc
+import inspect
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dejavu.errors import ConfigError, KernelUnavailable
+from dejavu.kernels import backend, cpu, reference
+
+OPS = ("embed", "add_positions", "add_norm", "linear", "attn_qkv", "attend", "attn_out", "mlp", "empty")
+ISAS = ("avx512", "avx2", "portable")
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    before = cpu.isa()
+    if request.param not in cpu.isas():
+        pytest.skip(f"this machine has no {request.param}")
+    cpu.set_isa(request.param)
+    yield request.param
+    cpu.set_isa(before)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def pick(count: int, total: int):
+    """A random selection of `count` of `total`; what lies past the count must never be used."""
+    idx = torch.full((total,), 2**30, dtype=torch.int32)
+    idx[:count] = torch.randperm(total)[:count].sort().values
+    return idx, torch.tensor([count], dtype=torch.int32)
+
+
+def check(ours: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor | None = None):
+    """Our error is at most twice that of `plain`, PyTorch in the same precision, plus a few float32 roundings."""
+    floor = 3e-6 * exact.abs().max().clamp(min=1).item()
+    allowed = floor if plain is None else 2 * (plain.float() - exact).abs().max().item() + floor
+    assert (ours - exact).abs().max().item() <= allowed
+
+
+def weights(*shape, dtype):
+    return (torch.randn(shape) / shape[-1] ** 0.5).to(dtype)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_signature_is_the_reference(op):
+    assert inspect.signature(getattr(cpu, op)) == inspect.signature(getattr(reference, op))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("B", "C", "N"), [(1, 1, 1), (1, 48, 5), (2, 129, 64), (3, 512, 203), (9, 100, 7)])
+def test_linear(isa, dtype, B, C, N):
+    x, w, bias = torch.randn(B, C), weights(N, C, dtype=dtype), torch.randn(N)
+    plain = torch.nn.functional.linear(x.to(dtype), w, bias.to(dtype))
+    check(cpu.linear(x, w, bias), reference.linear(x, w, bias), plain)
+    check(cpu.linear(x, w), reference.linear(x, w), torch.nn.functional.linear(x.to(dtype), w))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embed_and_positions(isa, dtype):
+    table, ids = weights(11, 37, dtype=dtype), torch.tensor([0, 10, 3], dtype=torch.int32)
+    x = cpu.embed(ids, table)
+    assert torch.equal(x, reference.embed(ids, table))
+    y = x.clone()
+    cpu.add_positions(x, ids - 2 + 2, table, 0)
+    reference.add_positions(y, ids, table, 0)
+    assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms", "none"])
+@pytest.mark.parametrize(("B", "C", "S"), [(1, 1, 1), (2, 48, 3), (3, 129, 0), (1, 1100, 32)])
+def test_add_norm(isa, kind, B, C, S):
+    x = torch.randn(B, C) + 3
+    partials = torch.randn(S, B, C) if S else None
+    bias, weight, shift = torch.randn(C), torch.randn(C), torch.randn(C) if kind == "layer" else None
+    x2 = x.clone()
+    y = cpu.add_norm(x, partials, bias, weight, shift, kind=kind, eps=1e-5)
+    y2 = reference.add_norm(x2, partials, bias, weight, shift, kind=kind, eps=1e-5)
+    check(x, x2)
+    # With a single element the layer norm divides rounding noise by sqrt(eps).
+    assert torch.allclose(y, y2, atol=2e-3 if C == 1 else 2e-5)
+    assert y.data_ptr() != x.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("count", [None, 0, 1, 50, "all"])
+@pytest.mark.parametrize(("B", "C", "inter"), [(1, 48, 70), (2, 129, 203), (5, 64, 1)])
+def test_mlp(isa, dtype, gated, count, B, C, inter):
+    x, rows = torch.randn(B, C), weights(inter, 3 if gated else 2, C, dtype=dtype)
+    bias = torch.randn(inter, 2) if gated else torch.randn(inter)
+    neurons = None if count is None else pick(inter if count == "all" else min(count, inter), inter)
+    for activation, threshold, activate_up in [("relu", 0, gated), ("fatrelu", 0.3, False), ("silu", 0, False)]:
+        for exact in (False, True) if activation != "silu" else (False,):
+            read, read2 = torch.zeros(2, rows.shape[1], dtype=torch.int64)
+            kw = {"activation": activation, "threshold": threshold, "activate_up": activate_up, "exact": exact}
+            ours = cpu.mlp(x, rows, bias, neurons, rows_read=read, **kw).sum(0)
+            check(ours, reference.mlp(x, rows, bias, neurons, rows_read=read2, **kw).sum(0))
+            assert torch.equal(read, read2)
+            if not exact:
+                assert (read == (inter if neurons is None else int(neurons[1]))).all()
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_smooth_activations(isa, activation):
+    x, rows = torch.randn(2, 32) * 3, weights(40, 2, 32, dtype=torch.float32)
+    ours = cpu.mlp(x, rows, None, activation=activation).sum(0)
+    check(ours, reference.mlp(x, rows, None, activation=activation).sum(0))
+
+
+def test_exact_equals_dense_bit_for_bit(isa):
+    x, rows, bias = torch.randn(3, 96), weights(500, 2, 96, dtype=torch.bfloat16), torch.randn(500) - 1
+    dense = cpu.mlp(x, rows, bias, activation="relu")
+    assert torch.equal(dense, cpu.mlp(x, rows, bias, activation="relu", exact=True))
+    everything = torch.arange(500, dtype=torch.int32), torch.tensor([500], dtype=torch.int32)
+    assert torch.equal(dense, cpu.mlp(x, rows, bias, everything, activation="relu", exact=True))
+
+
+def attention_case(dtype, *, B=3, G=2, r=2, D=16, C=48, S=40, rotary=True):
+    case = {
+        "x": torch.randn(B, C),
+        "blocks": weights(G, 2 * r + 2, D, C, dtype=dtype),
+        "bias": torch.randn(G, r + 2, D),
+        "cos_sin": torch.randn(S, D) if rotary else None,
+        "positions": torch.tensor([(11 * b + 5) % S for b in range(B)], dtype=torch.int32),
+    }
+    caches = [weights(B, G, S, D, dtype=dtype) for _ in range(2)]
+    return case, caches
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [None, 0, 1, 3, "all"])
+@pytest.mark.parametrize(
+    "shape", [{}, {"r": 1, "rotary": False, "D": 5}, {"G": 1, "r": 4, "B": 1}, {"C": 600, "D": 64, "r": 1, "G": 5}]
+)
+def test_attention(isa, dtype, count, shape):
+    case, (k, v) = attention_case(dtype, **shape)
+    k2, v2 = k.clone(), v.clone()
+    H = case["blocks"].shape[0] * (case["blocks"].shape[1] - 2) // 2
+    heads = None if count is None else pick(H if count == "all" else min(count, H), H)
+    chosen = range(H) if heads is None else heads[0][: int(heads[1])].tolist()
+    q = cpu.attn_qkv(**case, k_cache=k, v_cache=v, heads=heads)
+    q2 = reference.attn_qkv(**case, k_cache=k2, v_cache=v2, heads=heads)
+    # The cache rounds to its dtype: a value between two bf16 numbers may fall to either side.
+    for ours, theirs in ((k, k2), (v, v2)):
+        assert torch.allclose(ours.float(), theirs.float(), rtol=2**-7 if dtype == torch.bfloat16 else 0, atol=2e-5)
+    for window in (None, 7):
+        kw = {"heads": heads, "scale": 0.3, "window": window}
+        o = cpu.attend(q2, k2, v2, case["positions"], **kw)
+        o2 = reference.attend(q2, k2, v2, case["positions"], **kw)
+        for h in chosen:
+            check(q[:, h], q2[:, h])
+            check(o[:, h], o2[:, h])
+    check(cpu.attn_out(o2, case["blocks"], heads).sum(0), reference.attn_out(o2, case["blocks"], heads).sum(0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("r", "pending"), [(1, 1), (1, 5), (3, 4)])
+def test_lazy_keys_and_values_equal_full(isa, dtype, r, pending):
+    """Whatever is selected when, the cache that a selected head sees is the one of computing everything."""
+    B, G, S, C = 2, 3, 30, 48
+    case, (full_k, full_v) = attention_case(dtype, B=B, G=G, r=r, S=S, C=C)
+    lazy_k, lazy_v = torch.zeros_like(full_k), torch.zeros_like(full_v)
+    hidden, kv_len = torch.zeros(B, pending, C), torch.zeros(B, G, dtype=torch.int32)
+    for step in range(S - 3):
+        case["x"] = torch.randn(B, C)
+        # Rows of a batch stand at different positions.
+        case["positions"] = torch.tensor([step, max(0, step - 3)], dtype=torch.int32)
+        if step <= 3:
+            kv_len[1] = 0
+        heads = pick(int(torch.randint(0, G * r + 1, ())), G * r)
+        cpu.attn_qkv(**case, k_cache=full_k, v_cache=full_v)
+        cpu.attn_qkv(**case, k_cache=lazy_k, v_cache=lazy_v, heads=heads, hidden=hidden, kv_len=kv_len)
+        for g in {h // r for h in heads[0][: int(heads[1])].tolist()}:
+            for b in range(B):
+                assert kv_len[b, g] == case["positions"][b] + 1
+                done = slice(0, int(kv_len[b, g]))
+                assert torch.equal(lazy_k[b, g, done], full_k[b, g, done])
+                assert torch.equal(lazy_v[b, g, done], full_v[b, g, done])
+        assert (case["positions"][:, None] + 1 - kv_len < pending).all()
+
+
+def test_a_row_does_not_depend_on_its_batch_or_on_threads(isa):
+    x = torch.randn(7, 200)
+    rows, head = weights(300, 2, 200, dtype=torch.bfloat16), weights(77, 200, dtype=torch.bfloat16)
+
+    def run(x):
+        return cpu.mlp(x, rows, None, activation="relu").transpose(0, 1), cpu.linear(x, head)
+
+    together = run(x)
+    threads = cpu.num_threads()
+    try:
+        for n in (1, 3):
+            cpu.set_threads(n)
+            for b in range(7):
+                for alone, whole in zip(run(x[b : b + 1].clone()), together, strict=True):
+                    assert torch.equal(alone[0], whole[b])
+    finally:
+        cpu.set_threads(threads)
+
+
+def test_graph_equals_eager_and_keeps_its_tensors():
+    table, rows = weights(9, 64, dtype=torch.float32), weights(128, 2, 64, dtype=torch.float32)
+    ids = torch.zeros(1, dtype=torch.int32)
+
+    def step():
+        x = cpu.embed(ids, table)
+        partials = cpu.mlp(x, rows, None, activation="relu")
+        return cpu.linear(cpu.add_norm(x, partials, None, None, None, kind="rms", eps=1e-5), table)
+
+    with cpu.capture() as captured:
+        out = step()
+    for i in range(9):
+        ids[0] = i
+        gc.collect()
+        captured.graph.replay()
+        assert torch.equal(out, step())
+
+
+def test_capture_runs_nothing():
+    x = torch.randn(1, 8)
+    before = x.clone()
+    with cpu.capture() as captured:
+        cpu.add_norm(x, torch.ones(1, 1, 8), None, None, None, kind="none", eps=0.0)
+    assert torch.equal(x, before)
+    captured.graph.replay()
+    assert torch.equal(x, before + 1)
+
+
+def test_empty_is_lazy_and_typed():
+    big = cpu.empty((1 << 20, 4096), torch.bfloat16)  # 8 GB of address space, no memory
+    assert big.shape == (1 << 20, 4096) and big.dtype == torch.bfloat16 and big.data_ptr() % 64 == 0
+    big[0] = 1
+    assert cpu.empty((0, 3), torch.float32).shape == (0, 3)
+
+
+def test_wrong_arrays_are_refused():
+    with pytest.raises(ValueError, match="shapes"):
+        cpu.linear(torch.randn(1, 8), torch.randn(4, 7))
+    with pytest.raises(ValueError, match="float32 or bfloat16"):
+        cpu.linear(torch.randn(1, 8), torch.randn(4, 8).half())
+    with pytest.raises(ValueError, match="contiguous"):
+        cpu.linear(torch.randn(1, 8), torch.randn(8, 4).T)
+    with pytest.raises(ConfigError, match="at least 1"):
+        cpu.set_threads(0)
+    with pytest.raises(KernelUnavailable, match="portable"):
+        cpu.set_isa("sse9")
+    with pytest.raises(ConfigError, match="cpu, reference"):
+        backend("gpu9")
+
+
+def test_environment_forces_an_instruction_set():
+    def run(isa):
+        code = "from dejavu.kernels import cpu; print(cpu.isa())"
+        return subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "DEJAVU_ISA": isa}, capture_output=True, text=True
+        )
+
+    assert run("portable").stdout.strip() == "portable"
+    assert "cannot run here" in run("mmx").stderr
+
+
+def test_read_bandwidth_is_plausible():
+    assert 1e8 < cpu.read_bandwidth(64 << 20, 2) < 1e13
