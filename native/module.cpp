@@ -17,6 +17,7 @@
 #include "memory.h"
 #include "ops.h"
 #include "pool.h"
+#include "select.h"
 
 namespace nb = nanobind;
 using nb::literals::operator""_a;
@@ -218,6 +219,20 @@ class Tape {
     push(a, kernels->mlp[int(weight_type(rows))]);
   }
 
+  // k > 0: the k best of each row of the batch; k = 0: what reaches the threshold in any row.
+  void select(const Array& scores, const Array& idx, const Array& count, int64_t k, float threshold) {
+    SelectArgs a{floats(scores), ints(idx), ints(count), nullptr, int64_t(scores.shape(0)), int64_t(scores.shape(1)),
+                 int64_t(idx.size()), std::min<int64_t>(k, scores.shape(1)), threshold};
+    require(idx.size() >= 1 && count.size() == 1, "select: shapes");
+    if (k > 0) {
+      require(a.capacity >= std::min(a.total, a.batch * a.k), "select: the index buffer is too small for the union");
+      cuts_.push_back(std::make_unique<Cut[]>(a.batch));
+      a.cuts = cuts_.back().get();
+      own(std::make_unique<CutNode>(a));
+    }
+    own(std::make_unique<CompactNode>(a));
+  }
+
  private:
   void* raw(const Array& a) {
     require(contiguous(a), "arrays must be contiguous");
@@ -251,6 +266,7 @@ class Tape {
 
   std::vector<std::unique_ptr<Pool::Node>> nodes_;
   std::vector<const Pool::Node*> order_;
+  std::vector<std::unique_ptr<Cut[]>> cuts_;
   std::vector<Array> held_;
 };
 
@@ -327,5 +343,6 @@ NB_MODULE(_native, m) {
       .def("attn_qkv", &Tape::attn_qkv)
       .def("attend", &Tape::attend)
       .def("attn_out", &Tape::attn_out)
-      .def("mlp", &Tape::mlp);
+      .def("mlp", &Tape::mlp)
+      .def("select", &Tape::select);
 }

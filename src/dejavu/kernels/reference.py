@@ -20,6 +20,8 @@ A selection is a pair `(idx, count)`: `idx` int32 of fixed capacity, sorted and 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -265,6 +267,42 @@ def mlp(
     if rows_read is not None:
         rows_read += torch.tensor(counts, device=rows_read.device)
     return (h @ weights[:, -1])[None]
+
+
+def select_threshold(scores: Tensor, threshold: float, capacity: int) -> tuple[Tensor, Tensor]:
+    """Select the units whose score reaches a threshold in some row of the batch; of too many, the best.
+
+    With `best = scores.amax(0)`: every unit with `best >= threshold`, or where these are more than `capacity`,
+    the `capacity` of them with the largest `best`, equal ones by lower index.
+
+    Args:
+        scores: (B, N) float32, no NaN.
+        capacity: places in the selection, at least 1.
+    Returns: idx (capacity,) int32, sorted and unique in its first `count` entries, undefined after them; count (1,)
+        int32. Both on the scores' device.
+    """
+    best = scores.amax(0)
+    order = torch.sort(best, descending=True, stable=True).indices
+    chosen = order[best[order] >= threshold][:capacity].sort().values.int()
+    idx = torch.zeros(capacity, dtype=torch.int32, device=scores.device)
+    idx[: chosen.numel()] = chosen
+    return idx, torch.tensor([chosen.numel()], dtype=torch.int32, device=scores.device)
+
+
+def select_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Select for each row of the batch its `k` units with the largest scores, equal ones by lower index.
+
+    Args:
+        scores: (B, N) float32, no NaN.
+        k: at least 1; all N where `k >= N`.
+    Returns: the union over the rows: idx (min(B * k, N),) int32 and count (1,) int32, as select_threshold.
+    """
+    B, N = scores.shape
+    order = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :k]
+    chosen = order.unique().int()
+    idx = torch.zeros(min(B * k, N), dtype=torch.int32, device=scores.device)
+    idx[: chosen.numel()] = chosen
+    return idx, torch.tensor([chosen.numel()], dtype=torch.int32, device=scores.device)
 
 
 def _head_mask(heads: Selection, num_heads: int, device: torch.device) -> Tensor:

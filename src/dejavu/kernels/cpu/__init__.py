@@ -228,6 +228,21 @@ def mlp(
     return partials
 
 
+def select_threshold(scores: Tensor, threshold: float, capacity: int) -> tuple[Tensor, Tensor]:
+    return _select(scores, capacity, 0, threshold)
+
+
+def select_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    B, N = scores.shape
+    return _select(scores, min(B * k, N), k, 0.0)
+
+
+def _select(scores: Tensor, capacity: int, k: int, threshold: float) -> tuple[Tensor, Tensor]:
+    idx, count = torch.empty(capacity, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
+    _issue(_native.Tape.select, scores, idx, count, k, threshold)
+    return idx, count
+
+
 if os.environ.get("DEJAVU_ISA"):
     set_isa(os.environ["DEJAVU_ISA"])
 set_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
