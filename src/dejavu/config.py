@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from dejavu.errors import ConfigError
 
-Mode = Literal["dense", "exact"]
+Mode = Literal["dense", "exact", "sparse"]
+Policy = Literal["oracle", "static", "non_contextual", "random", "signs", "nearest"]
 
 # Activations whose output is exactly zero on a half line: only these allow the exact mode.
 ZEROING_ACTIVATIONS = ("relu", "fatrelu")
@@ -94,7 +95,7 @@ class ModelConfig:
     @property
     def modes(self) -> tuple[Mode, ...]:
         """The modes this architecture supports: exact needs an activation that is exactly zero."""
-        return ("dense", "exact") if self.activation in ZEROING_ACTIVATIONS else ("dense",)
+        return ("dense", "exact", "sparse") if self.activation in ZEROING_ACTIVATIONS else ("dense", "sparse")
 
 
 @dataclass(frozen=True)
@@ -157,3 +158,58 @@ class SamplingParams:
             integer("logprobs", 0, 2**31, "an integer of at least 0")
         if self.temperature == 0 and (self.top_k is not None or self.top_p < 1 or self.min_p > 0):
             raise ConfigError("top_k, top_p and min_p need a temperature above 0: at 0 the likeliest token is taken")
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """What the sparse mode reads. Densities are fractions kept, for all layers or one a layer.
+
+    Args:
+        policy: who chooses; see dejavu.selection.
+        mlp_density: of each layer's neurons, in (0, 1]; 1 reads all.
+        attn_density: of each layer's query heads, in (0, 1]; 1 reads all.
+        dense_layers: layers that read everything.
+        kv: "lazy" computes keys and values of a head when it is next selected, "full" at once. Same result.
+        pending: with lazy keys and values, at most this many tokens wait in a head.
+        seed: of the random policy.
+    Raises: ConfigError naming the field.
+    """
+
+    policy: Policy = "oracle"
+    mlp_density: float | tuple[float, ...] = 1.0
+    attn_density: float | tuple[float, ...] = 1.0
+    dense_layers: tuple[int, ...] = ()
+    kv: Literal["lazy", "full"] = "full"
+    pending: int = 64
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.policy not in get_args(Policy):
+            raise ConfigError(f"policy {self.policy!r} does not exist; choose one of: {', '.join(get_args(Policy))}")
+        for name in ("mlp_density", "attn_density"):
+            value = getattr(self, name)
+            values = value if isinstance(value, tuple) else (value,)
+            if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v <= 1 for v in values):
+                raise ConfigError(f"{name} must be in (0, 1], found {value!r}")
+        if self.kv not in ("lazy", "full"):
+            raise ConfigError(f'kv must be "lazy" or "full", found {self.kv!r}')
+        if type(self.pending) is not int or self.pending < 1:
+            raise ConfigError(f"pending must be a positive integer, found {self.pending!r}")
+
+    def counts(self, layer: int, config: ModelConfig) -> tuple[int, int]:
+        """Heads and neurons that one layer keeps (rounded up), of H and I.
+
+        Raises: ConfigError where densities or dense layers don't fit the model's number of layers.
+        """
+        L = config.num_hidden_layers
+        if bad := [i for i in self.dense_layers if not 0 <= i < L]:
+            raise ConfigError(f"dense_layers: the model has layers 0 to {L - 1}, found {bad[0]}")
+
+        def keep(name: str, total: int) -> int:
+            density = getattr(self, name)
+            if isinstance(density, tuple) and len(density) != L:
+                raise ConfigError(f"{name}: the model has {L} layers, found {len(density)} densities")
+            density = density[layer] if isinstance(density, tuple) else density
+            return total if layer in self.dense_layers else math.ceil(round(density * total, 6))
+
+        return keep("attn_density", config.num_attention_heads), keep("mlp_density", config.intermediate_size)

@@ -49,7 +49,7 @@ def match(
             for name, header in headers.items()
             if header.shape != slots[found[name]].shape
         ],
-        f"not {' or '.join(DTYPE_NAMES.values())}": [
+        f"of an unsupported dtype (supported: {', '.join(DTYPE_NAMES.values())})": [
             f"{name} (found {header.dtype})"
             for name, header in headers.items()
             if header.dtype not in DTYPE_NAMES.values()

@@ -117,6 +117,4 @@ class Fields:
 
     def divisible(self, name: str, by: str) -> None:
         if self.int(by) < 1 or self.int(name) % self.int(by):
-            raise CheckpointError(
-                f"config.json: {name} ({self.int(name)}) must be a multiple of {by} ({self.int(by)})"
-            )
+            raise CheckpointError(f"config.json: {name} ({self.int(name)}) must be a multiple of {by} ({self.int(by)})")

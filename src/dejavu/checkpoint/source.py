@@ -31,9 +31,9 @@ SMALL_FILES = (CONFIG, "generation_config.json", "tokenizer*", "special_tokens_m
 DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 # A piece and where it goes stay in the second-level cache, which transposing copies need.
-PIECE_BYTES = 4 << 20
+PIECE_BYTES = 2 << 20
 # A file is mapped anew after this share of the checkpoint was read, or after this many bytes if that is more.
-REMAP_SHARE, REMAP_BYTES = 1 / 50, 8 << 20
+REMAP_SHARE, REMAP_BYTES = 1 / 50, 4 << 20
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def open_checkpoint(name: str | os.PathLike, *, revision: str | None = None) -> 
     """
     name = os.fspath(name)
     folder = Path(__file__).parents[1] / "assets" / BUNDLED if name == BUNDLED else Path(name).expanduser()
-    if not (name == BUNDLED or folder.exists()):
+    if not name or not (name == BUNDLED or folder.exists()):
         return Checkpoint(_download(name, revision), name)
     if revision is not None:
         raise ConfigError(f"{name}: revision {revision!r} applies to hub ids only, and this is a local folder")
@@ -156,10 +156,10 @@ def _download(name: str, revision: str | None) -> Path:
         if not any(path.glob("model*.safetensors")):
             path = fetch("pytorch_model*.bin", "pytorch_model.bin.index.json")
     except HFValidationError as error:
-        raise CheckpointError(f"{name}: there is no such folder, and it is not a hub id (owner/model)") from error
+        raise CheckpointError(f"{name!r}: there is no such folder, and it is not a hub id (owner/model)") from error
     except Exception as error:  # whichever library the hub client speaks HTTP with has its own errors
         raise CheckpointError(
-            f"{name}: there is no such folder, and the Hugging Face Hub did not deliver it ({_first_line(error)})"
+            f"{name!r}: there is no such folder, and the Hugging Face Hub did not deliver it ({_first_line(error)})"
         ) from error
     return path
 
@@ -199,9 +199,9 @@ def _load_bin(file: Path) -> dict[str, Tensor]:
             f"{file}: refused, because it holds more than plain tensors and loading it could run code; "
             "get the model in safetensors format"
         ) from error
-    except (RuntimeError, ValueError, EOFError, OSError) as error:
+    except Exception as error:  # the restricted unpickler meets damaged bytes with every kind of error
         raise _damaged(file, error) from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if not isinstance(state, dict) or not all(type(k) is str and isinstance(t, Tensor) for k, t in state.items()):
         raise CheckpointError(f"{file}: expected a dictionary of tensors, found other values in it")
     return state
 

@@ -7,17 +7,18 @@ from collections.abc import Callable, Sequence
 # Tokens of the prompt that are decoded before the first new one: decoders treat the start of a text apart
 # (SentencePiece drops its first space), and the new text does not start there.
 PROMPT_TAIL = 4
-# What decoders write for bytes that are no character. The bytes of one character fill at most four tokens,
-# so with four tokens waiting the first of them is settled.
+# What decoders write for bytes that are no character, and for a character that is not complete.
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# A character has at most four bytes: of this many waiting tokens only the last character can be incomplete.
 MAX_WAITING = 4
 
 
 class Detokenizer:
-    """Turns tokens into text one at a time, in time independent of the length so far.
+    """Turns tokens into text one at a time, at a cost that does not grow with the text.
 
-    Only a short window of tokens is decoded: those of the last piece of text and those waiting for the rest
-    of their character. The pieces joined are the decoded whole.
+    Only a short window of tokens is decoded: those of the last piece of text, and those that wait for the
+    rest of their character. The pieces joined are the whole decoded at once (but for decoders that undo good
+    characters when bad bytes follow: what is out stays out).
 
     Args:
         decode: token ids to text.
@@ -27,30 +28,28 @@ class Detokenizer:
     def __init__(self, decode: Callable[[Sequence[int]], str], prompt_ids: Sequence[int] = ()):
         self._decode = decode
         self._window = list(prompt_ids[-PROMPT_TAIL:])
-        self._done = len(self._window)  # tokens of the window whose text is out
-        self._done_chars = len(decode(self._window))
+        self._done = len(self._window)  # tokens of the window that do not wait
+        self._sent = len(decode(self._window))  # characters of the window's text that are out
 
     def push(self, token_id: int) -> str:
-        """Add a token; return the text that is settled by it, maybe none."""
+        """Add a token; return the text that it settles, maybe none."""
         self._window.append(token_id)
         text = self._decode(self._window)
-        if not text.endswith(REPLACEMENT):
-            return self._emit(text, len(self._window))
-        if len(self._window) - self._done < MAX_WAITING:
+        half = text.endswith(REPLACEMENT)
+        if half and len(self._window) - self._done < MAX_WAITING:
             return ""
-        return self._emit(self._decode(self._window[: self._done + 1]), self._done + 1)
+        piece = text[self._sent : len(text) - half]
+        if not piece and not half and self._sent:
+            self._window.pop()  # a special token: the window must go on starting with text
+            return ""
+        self._window = self._window[-MAX_WAITING:] if half else self._window[self._done :]
+        self._done = 1 if half else len(self._window)
+        self._sent = len(self._decode(self._window)) - half
+        return piece
 
     def flush(self) -> str:
-        """The text of the tokens still waiting, incomplete as it may be."""
-        return self._emit(self._decode(self._window), len(self._window))
-
-    def _emit(self, text: str, tokens: int) -> str:
-        piece = text[self._done_chars :]
-        # Tokens of earlier pieces leave the window; those of this one stay, as the start for the next.
-        del self._window[: self._done]
-        self._done = tokens - self._done
-        self._done_chars = len(self._decode(self._window[: self._done]))
-        return piece
+        """The text of the tokens still waiting, incomplete as it may be; no token may follow."""
+        return self._decode(self._window)[self._sent :]
 
 
 class StopScanner:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from dejavu.config import SamplingParams
 NUCLEUS_GUESS = 256
 
 
-class TokenLogprob(NamedTuple):
+@dataclass(frozen=True)
+class TokenLogprob:
     """Log-probabilities at one position, under the model's own distribution."""
 
     token_id: int
@@ -79,10 +80,27 @@ def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor |
         return torch.softmax(scores, -1), None
     size = min(scores.numel(), params.top_k or scores.numel())
     total = torch.logsumexp(scores, -1) if params.top_k is None else None
-    for count in sorted({min(NUCLEUS_GUESS, size), size}):
-        # Sorted, every filter keeps a beginning: it is enough to know how long.
+    for count in sorted({size if params.top_k else min(NUCLEUS_GUESS, size), size}):
         values, ids = torch.topk(scores, count)
-        probs = torch.exp(values - total) if total is not None else torch.softmax(values, -1)
-        sums = probs.cumsum(-1)
-        ...
-    return probs, ids
+        probs = torch.softmax(values, -1) if total is None else torch.exp(values - total)
+        keep = probs >= params.min_p * probs[0]
+        if params.top_p < 1:
+            keep &= probs.cumsum(-1) - probs < params.top_p
+        # Tokens come likeliest first, so every filter keeps a beginning.
+        kept = int(keep.sum())
+        if kept < count:
+            break
+    return probs[:kept], ids[:kept]
+
+
+def draw(weights: Tensor, generator: torch.Generator) -> int:
+    """An index drawn in proportion to `weights` (n,): one uniform number looked up in their running sum."""
+    sums = weights.cumsum(-1, dtype=torch.float64)
+    at = torch.rand((), dtype=torch.float64, generator=generator) * sums[-1]
+    return int(torch.searchsorted(sums, at, right=True))
+
+
+def _logprob(logits: Tensor, token: int, count: int) -> TokenLogprob:
+    logprobs = torch.log_softmax(logits, -1)
+    values, ids = torch.topk(logprobs, min(count, logprobs.numel()))
+    return TokenLogprob(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from dejavu.artifacts import read_json
 from dejavu.config import ModelConfig
 from dejavu.errors import CheckpointError, ConfigError
 
@@ -60,12 +60,7 @@ class Tokenizer:
 
 def _generation_eos(path: Path) -> set[int]:
     """The end-of-sequence ids of a generation_config.json: chat models list more there than in config.json."""
-    if not path.is_file():
-        return set()
-    try:
-        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, AttributeError) as e:
-        raise CheckpointError(f"{path}: expected a JSON object: {e}") from e
+    value = read_json(path, CheckpointError).get("eos_token_id") if path.is_file() else None
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(type(i) is int for i in ids):
         raise CheckpointError(f"{path}: eos_token_id must be a token id or a list of them, found {value!r}")

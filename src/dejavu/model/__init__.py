@@ -1,7 +1,8 @@
 """One decoder, built from a config; one file a family.
 
-To add a family: write a file with `parse(config) -> ModelConfig` and
-`slots(config, weights) -> dict[str, Slot]`, and add its row here.
+To add a family: write a file with `parse(config) -> ModelConfig`, `slots(config, weights) -> dict[str, Slot]`,
+PREFIXES (what may stand before a tensor's name) and IGNORED (patterns of tensors that are not read), and add
+its row here.
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ from dejavu.config import ModelConfig
 class KVCache:
     """Keys and values of every layer: k, v (L, B, G, S, D) in the weights' dtype.
 
+    `hidden` (L, B, P, C) float32 and `kv_len` (L, B, G) int32 serve lazy keys and values (kernels.reference.attn_qkv):
+    the normalised inputs of the last P tokens, and how many tokens each group has projected; None otherwise.
     `cos_sin` (S, D) float32 is the rotary table of these S positions, or None for learned positions.
     How many tokens a row holds is the caller's to know; the kernels take it from `positions`.
     """
@@ -22,14 +24,26 @@ class KVCache:
     k: Tensor
     v: Tensor
     cos_sin: Tensor | None
+    hidden: Tensor | None
+    kv_len: Tensor | None
 
     @classmethod
     def allocate(
-        cls, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, empty: Callable, cos_sin: Tensor | None
+        cls,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        empty: Callable,
+        cos_sin: Tensor | None,
+        pending: int | None,
     ) -> KVCache:
         """Room for `capacity` tokens in each of `batch` rows; memory that is never written is never touched."""
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
-        return cls(empty(shape, dtype), empty(shape, dtype), cos_sin)
+        L, G = config.num_hidden_layers, config.num_key_value_heads
+        shape = (L, batch, G, capacity, config.head_dim)
+        hidden = None if pending is None else empty((L, batch, pending, config.hidden_size), torch.float32)
+        kv_len = None if pending is None else empty((L, batch, G), torch.int32).zero_()
+        return cls(empty(shape, dtype), empty(shape, dtype), cos_sin, hidden, kv_len)
 
     @property
     def batch(self) -> int:

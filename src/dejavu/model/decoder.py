@@ -6,6 +6,7 @@ what order, follows from ModelConfig alone; a family adds no code here.
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -13,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dejavu.checkpoint.layout import Layer, Norm, Weights
-from dejavu.config import Mode, ModelConfig
-from dejavu.kernels.reference import activate, rotate
+from dejavu.config import ZEROING_ACTIVATIONS, Mode, ModelConfig
+from dejavu.kernels.reference import Selection, activate, rotate
 from dejavu.model.cache import KVCache
 from dejavu.model.rope import rope_table
+from dejavu.selection.selector import Selector
 
 # Prefill works through a prompt in chunks, so that memory does not grow with T * I or T * S.
 PREFILL_CHUNK = 1024
@@ -36,16 +38,26 @@ class Decoder:
         self.scale = config.head_dim**-0.5
         self.device = weights.embed.device
 
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
-        """An empty cache for `batch` rows of up to `capacity` tokens, with its rotary table."""
+    def new_cache(self, batch: int, capacity: int, pending: int | None = None) -> KVCache:
+        """An empty cache for `batch` rows of up to `capacity` tokens, with its rotary table.
+
+        With `pending`, keys and values are lazy: up to that many tokens of a head wait to be projected.
+        """
         c = self.config
         table = None if c.rope is None else rope_table(c.rope, c.head_dim, capacity, c.max_position_embeddings)
-        return KVCache.allocate(c, batch, capacity, self.weights.dtype, self.ops.empty, table)
+        return KVCache.allocate(c, batch, capacity, self.weights.dtype, self.ops.empty, table, pending)
 
     # Decode
 
     def step(
-        self, ids: Tensor, positions: Tensor, cache: KVCache, *, mode: Mode = "dense", rows_read: Tensor | None = None
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        cache: KVCache,
+        *,
+        mode: Mode = "dense",
+        selector: Selector | None = None,
+        rows_read: Tensor | None = None,
     ) -> Tensor:
         """One token for every row, through the kernels; can be captured and replayed.
 
@@ -53,35 +65,41 @@ class Decoder:
             ids: (B,) int32, the tokens to read.
             positions: (B,) int32, where they stand; the cache holds positions 0 .. positions-1 of each row.
             cache: mutated.
+            mode: "sparse" needs a selector; the other modes use none.
             rows_read: (L, R) int64 or None; see kernels.reference.mlp.
         Returns: logits (B, V) float32.
         """
+        assert (mode == "sparse") == (selector is not None)
         ops, c, w = self.ops, self.config, self.weights
+        # Within a selection too, a neuron that stays shut needs no output row.
+        exact = mode != "dense" and c.activation in ZEROING_ACTIVATIONS
         x = ops.embed(ids, w.embed)
         if w.project_in is not None:
             x = ops.linear(x, w.project_in)
         if w.position_table is not None:
             ops.add_positions(x, positions, w.position_table, c.position_offset)
+        if selector is not None:
+            selector.begin(x)
 
         # `x` is the residual stream; `partials` and `bias` are what the last block adds to it.
         partials = bias = None
         for i, layer in enumerate(w.layers):
             y = self._norm(x, partials, bias, layer.attn_norm) if c.norm_before else x
-            q = ops.attn_qkv(
-                y, layer.attn.blocks, layer.attn.qkv_bias, cache.cos_sin, positions, cache.k[i], cache.v[i]
-            )
-            o = ops.attend(q, cache.k[i], cache.v[i], positions, scale=self.scale, window=c.sliding_window)
-            partials = ops.attn_out(o, layer.attn.blocks)
+            attend = partial(self._attend, y, layer, positions, cache, i)
+            heads = None if selector is None else selector.heads(i, y, lambda attend=attend: attend(None, lazy=False))
+            partials = ops.attn_out(attend(heads, lazy=cache.hidden is not None), layer.attn.blocks, heads)
             y = self._norm(x, partials, layer.attn.out_bias, layer.mlp_norm if c.norm_before else layer.attn_norm)
+            neurons = None if selector is None else selector.neurons(i, y)
             partials, bias = (
                 ops.mlp(
                     y,
                     layer.mlp.rows,
                     layer.mlp.in_bias,
+                    neurons,
                     activation=c.activation,
                     threshold=c.activation_threshold,
                     activate_up=c.activate_up,
-                    exact=mode == "exact",
+                    exact=exact,
                     rows_read=None if rows_read is None else rows_read[i],
                 ),
                 layer.mlp.out_bias,
@@ -92,6 +110,15 @@ class Decoder:
         if w.project_out is not None:
             y = ops.linear(y, w.project_out)
         return ops.linear(y, w.head)
+
+    def _attend(
+        self, y: Tensor, layer: Layer, positions: Tensor, cache: KVCache, i: int, heads: Selection, *, lazy: bool
+    ) -> Tensor:
+        """Outputs (B, H, D) of the selected heads of layer `i`, before the output projection."""
+        pending = {"hidden": cache.hidden[i], "kv_len": cache.kv_len[i]} if lazy else {}
+        k, v, attn = cache.k[i], cache.v[i], layer.attn
+        q = self.ops.attn_qkv(y, attn.blocks, attn.qkv_bias, cache.cos_sin, positions, k, v, heads, **pending)
+        return self.ops.attend(q, k, v, positions, heads, scale=self.scale, window=self.config.sliding_window)
 
     def _norm(self, x: Tensor, partials: Tensor | None, bias: Tensor | None, norm: Norm, exists: bool = True) -> Tensor:
         kind = self.config.norm if exists else "none"
@@ -152,6 +179,8 @@ class Decoder:
             q, k = rotate(q, angles[:, None]), rotate(k, angles)
         cache.k[i][row, :, start:end] = k.to(cache.k.dtype)
         cache.v[i][row, :, start:end] = v.to(cache.v.dtype)
+        if cache.kv_len is not None:
+            cache.kv_len[i, row] = end
         keys, values = cache.k[i][row, :, :end], cache.v[i][row, :, :end]
         mask = None
         if start > 0 or self.config.sliding_window is not None:

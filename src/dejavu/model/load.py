@@ -11,7 +11,29 @@ from dejavu.checkpoint.load import Progress, fill, match, stored_dtype
 from dejavu.checkpoint.source import Checkpoint
 from dejavu.config import ModelConfig
 from dejavu.device import choose_dtype
+from dejavu.errors import CheckpointError
 from dejavu.model import family
+
+
+def plan_weights(
+    checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "cpu"
+) -> tuple[ModelConfig, Weights, dict[str, str]]:
+    """Check a model from config.json and the tensors' headers, and lay its weights out without memory.
+
+    Returns: the configuration, the weights on the meta device, and tensor name -> slot name.
+    Raises: as load_weights does.
+    """
+    module = family(checkpoint.config.get("model_type"))
+    config = module.parse(checkpoint.config)
+    if config.num_hidden_layers > len(checkpoint.headers):
+        raise CheckpointError(
+            f"{checkpoint.path}: config.json says {config.num_hidden_layers} layers, but there are only "
+            f"{len(checkpoint.headers)} tensors; the two do not belong together"
+        )
+    shapes = allocate(config, torch.float32, _no_memory)
+    tied = (r"^lm_head\.weight$",) if shapes.head is shapes.embed else ()
+    names = match(checkpoint, module.slots(config, shapes), prefixes=module.PREFIXES, ignored=(*module.IGNORED, *tied))
+    return config, allocate(config, choose_dtype(dtype, stored_dtype(checkpoint, names), device), _no_memory), names
 
 
 def load_weights(
@@ -32,15 +54,16 @@ def load_weights(
     Raises: CheckpointError for an unsupported or damaged checkpoint, before memory is taken; ConfigError and
         KernelUnavailable for a dtype that does not exist or cannot run here.
     """
-    module = family(checkpoint.config.get("model_type"))
-    config = module.parse(checkpoint.config)
-
-    # The shapes are checked against a layout without memory, so a wrong config.json costs nothing.
-    plan = allocate(config, torch.float32, lambda shape, dtype: torch.empty(shape, dtype=dtype, device="meta"))
-    tied = (r"^lm_head\.weight$",) if plan.head is plan.embed else ()
-    names = match(
-        checkpoint, module.slots(config, plan), prefixes=module.PREFIXES, ignored=(*module.IGNORED, *tied)
-    )
-    weights = allocate(config, choose_dtype(dtype, stored_dtype(checkpoint, names), device), ops.empty)
-    fill(checkpoint, module.slots(config, weights), names, progress)
+    config, plan, names = plan_weights(checkpoint, dtype=dtype, device=device)
+    weights = allocate(config, plan.dtype, ops.empty)
+    fill(checkpoint, family(config.model_type).slots(config, weights), names, progress)
     return config, weights
+
+
+def _no_memory(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    try:
+        return torch.empty(shape, dtype=dtype, device="meta")
+    except (RuntimeError, TypeError) as error:  # negative, or past 64 bits
+        raise CheckpointError(
+            f"config.json: its sizes ask for a tensor of shape {shape}, which cannot exist"
+        ) from error

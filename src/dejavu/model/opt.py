@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dejavu.checkpoint.layout import Weights
-from dejavu.checkpoint.slots import Fields, Slot, attention_slots, bias_slot, mlp_slots, norm_slots
+from dejavu.checkpoint.slots import Fields, Slot, attention_slots, mlp_slots, norm_slots
 from dejavu.config import ModelConfig
 
 
@@ -42,7 +42,7 @@ def parse(config: dict) -> ModelConfig:
 
 
 PREFIXES = ("model.", "")  # OPTForCausalLM, and the older OPTModel checkpoints
-IGNORED = ()
+IGNORED = (r"decoder\.version$",)  # a marker that early conversions kept
 
 
 def slots(config: ModelConfig, weights: Weights) -> dict[str, Slot]:

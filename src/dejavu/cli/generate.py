@@ -1,0 +1,126 @@
+"""`dejavu generate`: continue a prompt."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dejavu.artifacts import atomic_write
+from dejavu.cli.options import Backend, Dtype, Json, Mode, Revision, Threads, load_engine, stats_table
+from dejavu.config import SamplingParams
+from dejavu.errors import ConfigError
+
+DEFAULT = SamplingParams()
+
+
+def generate(
+    model: Annotated[str | None, typer.Argument(help="A folder or hub id. [default: the bundled model]")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="The text to continue; - reads it from stdin.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a UTF-8 file.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to a file, whole or not at all.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="At most.")] = DEFAULT.max_new_tokens,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = DEFAULT.temperature,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens.")] = DEFAULT.top_k,
+    top_p: Annotated[float, typer.Option(help="Sample among the fewest tokens that reach this sum.")] = DEFAULT.top_p,
+    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the likeliest.")] = DEFAULT.min_p,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: tokens that occurred become less likely.")
+    ] = DEFAULT.repetition_penalty,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = DEFAULT.seed,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end.")] = DEFAULT.ignore_eos,
+    logprobs: Annotated[
+        int | None, typer.Option(help="With --json: log-probabilities, and this many alternatives a token.")
+    ] = DEFAULT.logprobs,
+    mode: Mode = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    backend: Backend = "auto",
+    revision: Revision = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Show times, bytes read and densities on stderr.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt; the text comes on stdout as it is made.
+
+    Example: dejavu generate "The old house on the hill" -n 50 --stats
+
+    Example: dejavu generate facebook/opt-1.3b - --temperature 0.8 --seed 1 < prompt.txt
+    """
+    if logprobs is not None and not as_json:
+        raise typer.BadParameter("--logprobs shows only with --json")
+    if prompt_file is None and prompt is None:
+        model, prompt = None, model  # a single word is the prompt
+    prompt = _read_prompt(prompt, prompt_file)
+    params = SamplingParams(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos,
+        logprobs=logprobs,
+    )
+    from dejavu.checkpoint.source import BUNDLED
+
+    if output is not None and output.is_dir():
+        raise ConfigError(f"{output}: is a folder; name a file to write")
+    # The output is opened first: a place that cannot be written is found before anything long begins.
+    with nullcontext(sys.stdout) if output is None else atomic_write(output) as out:
+        engine = load_engine(
+            model or BUNDLED, mode=mode, dtype=dtype, threads=threads, backend=backend, revision=revision
+        )
+        result = None
+        try:
+            for chunk in engine.stream(prompt, params):
+                result = chunk.generation
+                if not as_json:
+                    out.write(chunk.text)
+                    out.flush()
+        except KeyboardInterrupt:
+            pass  # what came so far stays
+        if not as_json:
+            out.write("\n")
+        elif result is not None:
+            record = {"model": model or BUNDLED, "mode": engine.mode, "dtype": str(engine.dtype).removeprefix("torch.")}
+            out.write(json.dumps(record | {"prompt": prompt} | result.to_dict(), ensure_ascii=False) + "\n")
+    if result is None:
+        raise typer.Exit(130)
+    if stats:
+        from rich.console import Console
+
+        Console(stderr=True).print(stats_table({engine.mode: result.stats}))
+
+
+def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    if prompt_file is not None:
+        if prompt is not None:
+            raise typer.BadParameter("give either PROMPT or --prompt-file")
+        try:
+            prompt = _text(prompt_file.read_bytes(), str(prompt_file))
+        except OSError as error:
+            raise ConfigError(f"{prompt_file}: cannot be read ({error.strerror}); name a text file") from error
+    elif prompt == "-" or (prompt is None and not sys.stdin.isatty()):
+        prompt = _text(sys.stdin.buffer.read(), "stdin")
+    elif prompt is None:
+        raise typer.BadParameter("give a PROMPT, or - to read it from stdin")
+    if not prompt:
+        raise ConfigError("the prompt is empty; give at least one character")
+    return prompt
+
+
+def _text(data: bytes, source: str) -> str:
+    """UTF-8 text without the newline that ends its last line."""
+    try:
+        return data.decode().removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{source}: expected UTF-8 text, found byte 0x{data[error.start]:02x} at offset {error.start}; convert it"
+        ) from error

@@ -1,0 +1,70 @@
+"""`dejavu info`: what a model is and what a token of it costs, from its headers alone."""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from typing import Annotated
+
+import typer
+
+from dejavu.cli.options import Dtype, Json, Revision
+
+SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
+
+def info(
+    model: Annotated[str | None, typer.Argument(help="A folder or hub id. [default: the bundled model]")] = None,
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Show a model's family, sizes, supported modes, and the bytes that decoding one token reads.
+
+    Reads config.json and the tensors' headers, never the weights.
+
+    Example: dejavu info facebook/opt-1.3b --dtype bf16
+    """
+    from dejavu.checkpoint.source import BUNDLED, open_checkpoint
+    from dejavu.engine.bytes import step_bytes
+    from dejavu.model.load import plan_weights
+
+    checkpoint = open_checkpoint(model or BUNDLED, revision=revision)
+    config, weights, tensors = plan_weights(checkpoint, dtype=dtype)
+    facts = {
+        "model": model or BUNDLED,
+        "family": config.model_type,
+        "parameters": sum(prod(checkpoint.headers[name].shape) for name in tensors),
+        "dtype": str(weights.dtype).removeprefix("torch."),
+        "modes": config.modes,
+        "activation": config.activation,
+        "gated": config.gated,
+        **{name: getattr(config, name) for name in SIZES},
+    }
+    # Dense, at the end of the context, where the keys and values are most.
+    read = step_bytes(config, weights, attended=config.sliding_window or config.max_position_embeddings)
+    if as_json:
+        typer.echo(json.dumps(facts | {"dense_step_bytes": read}))
+        return
+
+    from rich.console import Console
+    from rich.filesize import decimal
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    for name, value in facts.items():
+        cell = f"{value:,}" if type(value) is int else ", ".join(value) if type(value) is tuple else str(value)
+        table.add_row(name, cell, end_section=name == SIZES[-1])
+    for part, count in read.items():
+        table.add_row(f"read per token: {part}", decimal(round(count)))
+    table.add_row("read per token, dense, full context", decimal(round(sum(read.values()))))
+    Console().print(table)

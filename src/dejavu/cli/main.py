@@ -1,0 +1,67 @@
+"""The command `dejavu`: one verb a file, errors in one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+import dejavu
+from dejavu.cli.demo import demo
+from dejavu.cli.generate import generate
+from dejavu.cli.info import info
+from dejavu.errors import DejavuError
+
+
+class _Group(TyperGroup):
+    """Turns the errors that a user can cause into one line on stderr and exit code 1."""
+
+    def invoke(self, ctx: typer.Context):
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except (DejavuError, OSError) as error:
+            # A reader that went away (`| head`) is no error; typer ends quietly.
+            if ctx.params["debug"] or isinstance(error, BrokenPipeError):
+                raise
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+for _verb in (generate, info, demo):
+    app.command()(_verb)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dejavu {dejavu.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """Faster decoding of language models: read only the weights that matter for the token.
+
+    Try: dejavu demo
+    """
+
+
+def main() -> None:
+    """Run the command with the process's arguments."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # text of a model may hold characters that the terminal lacks
+    try:
+        app()
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # reported already; Python would try once more, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,61 @@
+"""Options and output that verbs share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from dejavu.engine.engine import Engine
+    from dejavu.engine.generation import Stats
+
+Mode = Annotated[str, typer.Option(help="dense; exact: skip what a zero activation makes useless; auto: the best.")]
+Dtype = Annotated[str, typer.Option(help="Of the weights: fp32, bf16, fp16, or auto: as stored.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads. [default: all]", show_default=False)]
+Backend = Annotated[str, typer.Option(help="Of the kernels: cpu, reference (slow, plain PyTorch) or auto.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def load_engine(model: str, **settings) -> Engine:
+    """dejavu.load with a progress bar on stderr, gone when it is done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    from dejavu.engine.engine import Engine
+
+    console = Console(stderr=True)
+    columns = TextColumn(f"Loading {model}"), BarColumn(), DownloadColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("load", total=None)
+        return Engine.load(
+            model, progress=lambda done, total: bar.update(task, completed=done, total=total), **settings
+        )
+
+
+def stats_table(stats: dict[str, Stats]) -> Table:
+    """A table with one column of figures for each named run."""
+    from rich.filesize import decimal
+    from rich.table import Table
+
+    table = Table()
+    for name in ("", *stats):
+        table.add_column(name, justify="right" if name else "left")
+
+    def add(label: str, cells: Iterable[str | None]) -> None:
+        table.add_row(label, *(cell or "-" for cell in cells))
+
+    runs = list(stats.values())
+    add("prompt, new tokens", (f"{s.prompt_tokens}, {s.new_tokens}" for s in runs))
+    add("first token after", (f"{s.ttft_s * 1e3:.1f} ms" for s in runs))
+    add("time per token, median", (s.step_ms_p50 and f"{s.step_ms_p50:.2f} ms" for s in runs))
+    add("tokens per second", (s.decode_tok_per_s and f"{s.decode_tok_per_s:.1f}" for s in runs))
+    for part in runs[0].step_bytes or ():
+        add(f"read per token: {part}", (s.step_bytes and decimal(round(s.step_bytes[part])) for s in runs))
+    add("read per token", (s.step_bytes and decimal(round(sum(s.step_bytes.values()))) for s in runs))
+    add("MLP density", (s.mlp_density and f"{s.mean_mlp_density:.1%}" for s in runs))
+    return table

@@ -1,0 +1,190 @@
+"""The public object: a loaded model that generates text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from numbers import Integral
+from os import PathLike
+from time import perf_counter
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dejavu.checkpoint.load import Progress
+from dejavu.checkpoint.source import BUNDLED, open_checkpoint
+from dejavu.config import ZEROING_ACTIVATIONS, Mode, ModelConfig, SamplingParams
+from dejavu.device import default_threads
+from dejavu.engine.generation import Batch, Chunk, Generation
+from dejavu.engine.step import DecodeStep
+from dejavu.engine.tokenizer import Tokenizer
+from dejavu.errors import CapacityError, CheckpointError, ConfigError
+from dejavu.kernels import backend as load_backend
+from dejavu.model import family
+from dejavu.model.decoder import Decoder
+from dejavu.model.load import load_weights
+
+Prompt = str | Sequence[int]
+
+# Caches are made in multiples of this many tokens, so that requests of like length share one.
+CACHE_STEP = 256
+
+
+class Engine:
+    """A model ready to generate. Make one with `dejavu.load`.
+
+    Calls may interleave: a stream that is not finished keeps its own cache.
+
+    Args:
+        decoder: the model.
+        tokenizer: of the same checkpoint.
+        mode: "dense", "exact", or "auto": exact where the activation allows it.
+    Raises: ConfigError for a mode that the model does not support.
+    """
+
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, mode: Mode | Literal["auto"] = "auto"):
+        self._decoder, self.tokenizer = decoder, tokenizer
+        self.mode = _choose_mode(mode, decoder.config)
+        self._idle: list[DecodeStep] = []  # the last step made, while nothing uses it
+
+    @classmethod
+    def load(
+        cls,
+        model: str | PathLike = BUNDLED,
+        *,
+        dtype: str = "auto",
+        mode: Mode | Literal["auto"] = "auto",
+        threads: int | None = None,
+        backend: str = "auto",
+        revision: str | None = None,
+        progress: Progress | None = None,
+    ) -> Engine:
+        """Load a model.
+
+        Args:
+            model: a local folder, an id on the Hugging Face Hub, or "opt-mini", the bundled model.
+            dtype: of the weights: "fp32", "bf16", "fp16", or "auto": as stored.
+            mode: "dense", "exact", or "auto": exact where the activation allows it.
+            threads: CPU threads of the whole process; None: all that it may use.
+            backend: of the kernels; see dejavu.kernels.
+            revision: branch, tag or commit of a hub id.
+            progress: called with (bytes done, bytes in all) while weights are read.
+        Raises: CheckpointError, ConfigError, KernelUnavailable.
+        """
+        ops = load_backend(backend)
+        _set_threads(ops, threads)
+        checkpoint = open_checkpoint(model, revision=revision)
+        # What can fail fast comes before the weights, which may take minutes.
+        config = family(checkpoint.config.get("model_type")).parse(checkpoint.config)
+        mode, tokenizer = _choose_mode(mode, config), Tokenizer(checkpoint.path, config)
+        config, weights = load_weights(checkpoint, ops=ops, dtype=dtype, progress=progress)
+        return cls(Decoder(config, weights, ops), tokenizer, mode)
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._decoder.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights as loaded."""
+        return self._decoder.weights.dtype
+
+    def with_mode(self, mode: Mode) -> Engine:
+        """An engine over the same weights that runs in another mode. Raises: ConfigError as the class does."""
+        return Engine(self._decoder, self.tokenizer, mode)
+
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], params: SamplingParams | None = None, **sampling
+    ) -> Generation | list[Generation]:
+        """Continue one prompt, or a batch of prompts of any lengths.
+
+        Args:
+            prompt: text, or token ids taken as they are; or a list of such prompts.
+            params: how to choose tokens; `sampling` overrides fields of it by name.
+        Returns: a Generation, or for a list of prompts a list of them in the same order.
+        Raises: ConfigError for a prompt or setting that makes no sense; CapacityError for a prompt longer than the
+            context. Generation that reaches the end of the context finishes with "length".
+        """
+        done = {chunk.row: chunk.generation for chunk in self.stream(prompt, params, **sampling) if chunk.generation}
+        return done[0] if _is_single(prompt) else [done[row] for row in sorted(done)]
+
+    def stream(
+        self, prompt: Prompt | Sequence[Prompt], params: SamplingParams | None = None, **sampling
+    ) -> Iterator[Chunk]:
+        """As `generate`, a chunk for each token as it comes; `chunk.text` may be shown at once.
+
+        Bad arguments raise here, before the first chunk is asked for.
+        """
+        started = perf_counter()
+        params = replace(params or SamplingParams(), **sampling)
+        prompts = [self._prompt_ids(p) for p in ([prompt] if _is_single(prompt) else prompt)]
+        if not prompts:
+            raise ConfigError("the list of prompts is empty; give at least one")
+        return self._run(prompts, params, started)
+
+    def logits(self, prompt: Prompt) -> Tensor:
+        """The logits (T, V) float32 of every position of a prompt: text, or token ids taken as they are.
+
+        Raises: ConfigError, CapacityError as `generate` does.
+        """
+        ids = self._prompt_ids(prompt)
+        return self._decoder.prefill(torch.tensor(ids), self._decoder.new_cache(1, len(ids)), all_logits=True)
+
+    def _run(self, prompts: list[list[int]], params: SamplingParams, started: float) -> Iterator[Chunk]:
+        context = self.config.max_position_embeddings
+        need = min(context, max(map(len, prompts)) + params.max_new_tokens - 1)
+        capacity = min(context, -(-need // CACHE_STEP) * CACHE_STEP)
+        step = self._idle.pop() if self._idle else None
+        # The rotary table of some models depends on the capacity, so a larger cache would not do.
+        if step is None or (step.cache.batch, step.cache.capacity) != (len(prompts), capacity):
+            step = DecodeStep(self._decoder, len(prompts), capacity, self.mode)
+        try:
+            yield from Batch(self._decoder, self.tokenizer, step, prompts, params, started).chunks()
+        finally:
+            self._idle[:] = [step]
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        V, context = self.config.vocab_size, self.config.max_position_embeddings
+        text = isinstance(prompt, str)
+        ids = self.tokenizer.encode(prompt) if text else list(prompt)
+        if not ids:
+            raise ConfigError("the prompt is empty; give at least one token")
+        bad = next((i for i in ids if not (isinstance(i, Integral) and 0 <= i < V)), None)
+        if bad is not None and text:
+            raise CheckpointError(f"the tokenizer gives token {bad}, but the model has only {V}: they do not match")
+        if bad is not None:
+            raise ConfigError(f"token ids must be integers in [0, {V}), found {bad!r}")
+        if len(ids) > context:
+            raise CapacityError(
+                f"the prompt has {len(ids)} tokens, {len(ids) - context} more than the model's context of {context}; "
+                "shorten it"
+            )
+        return ids
+
+
+def _is_single(prompt: Prompt | Sequence[Prompt]) -> bool:
+    return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Integral))
+
+
+def _choose_mode(mode: str, config: ModelConfig) -> Mode:
+    if mode == "auto":
+        return "exact" if "exact" in config.modes else "dense"
+    if mode not in ("dense", "exact"):
+        raise ConfigError(f"mode {mode!r} does not exist; choose one of: auto, dense, exact")
+    if mode not in config.modes:
+        raise ConfigError(
+            f"mode {mode} needs an activation that is zero on a half line ({' or '.join(ZEROING_ACTIVATIONS)}); "
+            f"this model has {config.activation}: use mode dense"
+        )
+    return mode
+
+
+def _set_threads(ops: ModuleType, threads: int | None) -> None:
+    if threads is not None and threads < 1:
+        raise ConfigError(f"threads must be a positive integer, found {threads}")
+    count = threads or default_threads()
+    torch.set_num_threads(count)
+    if hasattr(ops, "set_threads"):
+        ops.set_threads(count)

@@ -1,0 +1,182 @@
+"""What generation returns, and the run of a batch from its prompts to its last token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from time import perf_counter
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from dejavu.config import ModelConfig, SamplingParams
+from dejavu.engine.bytes import step_bytes
+from dejavu.engine.detokenize import Detokenizer, StopScanner
+from dejavu.engine.sampling import Sampler, TokenLogprob
+from dejavu.engine.step import DecodeStep
+from dejavu.engine.tokenizer import Tokenizer
+from dejavu.model.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Time and bytes of one generation. The decode figures are None where the prompt alone gave the only token.
+
+    A decode step reads one token for every row of the batch: its time and bytes are the batch's. Times hold
+    sampling and detokenizing, not what the caller does between two chunks.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    prefill_s: float
+    ttft_s: float  # from the request to the first token, tokenizing and the prompts of earlier rows included
+    decode_s: float
+    decode_tok_per_s: float | None  # of this row
+    step_ms_p50: float | None
+    step_bytes: dict[str, float] | None  # mean bytes read by a step, by part (engine.bytes.PARTS)
+    mlp_density: tuple[float, ...] | None  # by layer: the fraction of the fc2 (down) rows that were read
+
+    @property
+    def mean_mlp_density(self) -> float | None:
+        return None if self.mlp_density is None else sum(self.mlp_density) / len(self.mlp_density)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One finished generation. `text` continues the prompt; `token_ids` are all new tokens, the ending one too."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: Literal["stop", "eos", "length"]
+    stop: str | None  # the stop string that ended the text
+    logprobs: tuple[TokenLogprob, ...] | None
+    stats: Stats
+
+    def to_dict(self) -> dict:
+        """The same as plain values for JSON."""
+        return asdict(self)
+
+
+class Chunk(NamedTuple):
+    """One new token. `text` is what may be shown because of it, maybe nothing; the last chunk has the result."""
+
+    text: str
+    token_id: int
+    logprob: TokenLogprob | None
+    generation: Generation | None
+    row: int  # which prompt of the batch
+
+
+class Batch:
+    """Prompts on their way: each row is prefilled alone, then all rows step together until the last has finished.
+
+    Args:
+        step: its cache has a row for each prompt, with room for prompt and new tokens; busy while this runs.
+        started: perf_counter() at the time of the request.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        step: DecodeStep,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        started: float,
+    ):
+        self._decoder, self._step, self._started = decoder, step, started
+        self._rows = [_Row(ids, params, decoder.config, tokenizer) for ids in prompts]
+        self._step_s: list[float] = []
+        self._attended = 0  # tokens attended to, over all rows and steps
+
+    def chunks(self) -> Iterator[Chunk]:
+        """A chunk for each token of each row, as they come."""
+        self._step.rows_read.zero_()
+        for index, row in enumerate(self._rows):
+            began = perf_counter()
+            logits = self._step.prefill(index, row.prompt_ids)
+            row.prefill_s = perf_counter() - began
+            text, logprob = row.take(logits)
+            row.ttft_s = perf_counter() - self._started
+            yield self._chunk(index, text, logprob)
+        window = self._decoder.config.sliding_window or self._step.cache.capacity
+        while live := [index for index, row in enumerate(self._rows) if row.finish_reason is None]:
+            began = perf_counter()
+            for index in live:
+                self._step.feed(index, self._rows[index].token_ids[-1])
+            logits = self._step.run()
+            taken = [self._rows[index].take(logits[index]) for index in live]
+            self._step_s.append(perf_counter() - began)
+            self._attended += sum(min(n, window) for n in self._step.lengths)
+            for index, (text, logprob) in zip(live, taken, strict=True):
+                yield self._chunk(index, text, logprob)
+
+    def _chunk(self, index: int, text: str, logprob: TokenLogprob | None) -> Chunk:
+        row = self._rows[index]
+        generation = None if row.finish_reason is None else row.result(self._stats(row))
+        return Chunk(text, row.token_ids[-1], logprob, generation, index)
+
+    def _stats(self, row: _Row) -> Stats:
+        """The row's own times, and the batch's steps until the row's end."""
+        steps, decode_s, config = len(self._step_s), sum(self._step_s), self._decoder.config
+        read = self._step.rows_read / max(1, steps)
+        times = {"prompt_tokens": len(row.prompt_ids), "new_tokens": len(row.token_ids), "prefill_s": row.prefill_s}
+        times |= {"ttft_s": row.ttft_s, "decode_s": decode_s}
+        if not steps:
+            return Stats(**times, decode_tok_per_s=None, step_ms_p50=None, step_bytes=None, mlp_density=None)
+        batch = len(self._rows)
+        return Stats(
+            **times,
+            decode_tok_per_s=(len(row.token_ids) - 1) / decode_s,
+            step_ms_p50=median(self._step_s) * 1e3,
+            step_bytes=step_bytes(
+                config, self._decoder.weights, attended=self._attended / steps / batch, batch=batch, rows_read=read
+            ),
+            mlp_density=tuple((read[:, -1] / config.intermediate_size).tolist()),
+        )
+
+
+class _Row:
+    """One prompt on its way: chooses its next token, turns it into text, and knows when to end."""
+
+    def __init__(self, prompt_ids: Sequence[int], params: SamplingParams, config: ModelConfig, tokenizer: Tokenizer):
+        self.prompt_ids, self.token_ids = prompt_ids, []
+        self.finish_reason: Literal["stop", "eos", "length"] | None = None
+        self.prefill_s = self.ttft_s = 0.0
+        # The last token is never read, so it needs no place in the context.
+        self._limit = min(params.max_new_tokens, config.max_position_embeddings - len(prompt_ids) + 1)
+        self._eos = frozenset() if params.ignore_eos else tokenizer.eos_ids
+        self._sampler = Sampler(params, prompt_ids, config.vocab_size)
+        self._detokenizer = Detokenizer(tokenizer.decode, prompt_ids)
+        self._scanner = StopScanner(params.stop)
+        self._texts: list[str] = []
+        self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
+
+    def take(self, logits: Tensor) -> tuple[str, TokenLogprob | None]:
+        """Choose a token from logits (V,); returns the text that it settles and its log-probabilities."""
+        token, logprob = self._sampler(logits)
+        self.token_ids.append(token)
+        if logprob is not None:
+            self._logprobs.append(logprob)
+        ended = token in self._eos
+        over = ended or len(self.token_ids) == self._limit
+        piece = "" if ended else self._detokenizer.push(token)
+        text = self._scanner.push(piece + self._detokenizer.flush() if over else piece)
+        if self._scanner.hit is not None:
+            self.finish_reason = "stop"
+        elif over:
+            self.finish_reason = "eos" if ended else "length"
+            text += self._scanner.flush()
+        self._texts.append(text)
+        return text, logprob
+
+    def result(self, stats: Stats) -> Generation:
+        return Generation(
+            text="".join(self._texts),
+            token_ids=tuple(self.token_ids),
+            finish_reason=self.finish_reason,
+            stop=self._scanner.hit,
+            logprobs=None if self._logprobs is None else tuple(self._logprobs),
+            stats=stats,
+        )

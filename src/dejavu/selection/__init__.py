@@ -1,0 +1,72 @@
+"""Selections: which heads and neurons a decode step reads, and the policies that choose them.
+
+`make_selector` builds a policy by name. None of these needs training:
+
+- `oracle`: computes everything first and keeps the units with the largest output norm. The upper bound; not fast.
+- `static`: one fixed set for all tokens, the units that matter most on a calibration text.
+- `non_contextual`: the oracle's choice for the token's embedding alone, without its context.
+- `random`: a new random set for each token.
+- `signs`: neurons by the sign bits of their input rows, 1/16 of those rows' bytes in bf16; heads are all read.
+- `nearest`: neurons by approximate nearest-neighbour search over their input rows; heads are all read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+from torch import Tensor
+
+from dejavu.checkpoint.layout import Weights
+from dejavu.config import ModelConfig, SelectionConfig
+from dejavu.errors import ConfigError
+from dejavu.selection.selector import Selector
+
+__all__ = ["Selector", "make_selector"]
+
+
+def make_selector(
+    selection: SelectionConfig,
+    config: ModelConfig,
+    weights: Weights,
+    ops: ModuleType,
+    *,
+    importance: Sequence[tuple[Tensor, Tensor]] | None = None,
+) -> Selector:
+    """Build the selector of a policy for one model.
+
+    Args:
+        importance: for "static": for each layer how much each head (H,) and each neuron (I,) matters, float32; see
+            dejavu.selection.oracle.Importance.
+    Raises: ConfigError where the policy cannot serve this model or these densities.
+    """
+    counts = [selection.counts(layer, config) for layer in range(config.num_hidden_layers)]
+    sparse_heads = any(heads < config.num_attention_heads for heads, _ in counts)
+    if selection.policy in ("signs", "nearest") and sparse_heads:
+        raise ConfigError(f"policy {selection.policy} selects neurons only: attn_density must be 1")
+    if selection.policy == "oracle" and selection.kv == "lazy" and sparse_heads:
+        raise ConfigError(
+            "the oracle computes every head before it chooses, so keys and values are not lazy: use kv full"
+        )
+    if selection.policy == "static":
+        from dejavu.selection.fixed import StaticSelector
+
+        if importance is None:
+            raise ConfigError("policy static needs a calibration text to find the units that matter most")
+        return StaticSelector(counts, importance)
+    if selection.policy == "random":
+        from dejavu.selection.fixed import RandomSelector
+
+        return RandomSelector(counts, config, selection.seed)
+    if selection.policy in ("oracle", "non_contextual"):
+        from dejavu.selection import oracle
+
+        kind = oracle.OracleSelector if selection.policy == "oracle" else oracle.NonContextualSelector
+        return kind(counts, config, weights, ops)
+    if selection.policy == "signs":
+        from dejavu.selection.signs import SignSelector
+
+        return SignSelector(counts, config, weights, ops)
+    from dejavu.selection.nearest import NearestSelector
+
+    return NearestSelector(counts, config, weights, ops)

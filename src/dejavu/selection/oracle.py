@@ -1,0 +1,126 @@
+"""Selections by what each unit would contribute, measured in a first pass over everything.
+
+A unit's score is the norm of its output: |activation| * ||fc2 column|| of a neuron, and of a head the norm of its
+output after the output projection, which is a quadratic form in the D-vector that enters it:
+||o W||^2 = o (W W^T) o^T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from dejavu.checkpoint.layout import Layer, Weights
+from dejavu.config import ModelConfig
+from dejavu.kernels.reference import Selection, activate
+
+
+class _Scores:
+    """The scores of one layer's units."""
+
+    def __init__(self, layer: Layer, config: ModelConfig):
+        self._config, self._mlp = config, layer.mlp
+        rows = layer.mlp.rows
+        self._inputs = [rows[:, part].float() for part in range(rows.shape[1] - 1)]
+        self._out_norms = rows[:, -1].float().norm(dim=1)
+        r = layer.attn.heads_per_group
+        out = layer.attn.blocks[:, r + 2 :].flatten(0, 1).float()  # (H, D, C)
+        self._gram = out @ out.transpose(1, 2)  # (H, D, D)
+
+    def neurons(self, y: Tensor) -> Tensor:
+        """Norms (B, I) of the neurons' outputs for the MLP's normalised inputs y (B, C)."""
+        c, bias = self._config, self._mlp.in_bias
+        columns = None if bias is None else bias.view(len(self._out_norms), -1).T
+        pre = [y @ rows.T if bias is None else y @ rows.T + columns[i] for i, rows in enumerate(self._inputs)]
+        h = activate(pre[0], c.activation, c.activation_threshold)
+        if c.gated:
+            h = h * (activate(pre[1], c.activation, c.activation_threshold) if c.activate_up else pre[1])
+        return h.abs() * self._out_norms
+
+    def heads(self, o: Tensor) -> Tensor:
+        """Norms (B, H) of the heads' contributions for their outputs o (B, H, D) before the projection."""
+        return torch.einsum("bhd,hde,bhe->bh", o, self._gram, o).clamp(min=0).sqrt()
+
+
+class OracleSelector:
+    """The units with the largest output norm, found by computing all of them first. Not captured: it is two passes."""
+
+    capturable = False
+
+    def __init__(self, counts: Sequence[tuple[int, int]], config: ModelConfig, weights: Weights, ops: ModuleType):
+        self._counts, self._config, self._ops = counts, config, ops
+        self._scores = [_Scores(layer, config) for layer in weights.layers]
+
+    def advance(self) -> None:
+        """Every step looks afresh."""
+
+    def begin(self, x: Tensor) -> None:
+        """The embedding alone doesn't matter."""
+
+    def heads(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> Selection:
+        k = self._counts[layer][0]
+        if k >= self._config.num_attention_heads:
+            return None
+        return self._ops.select_topk(self._scores[layer].heads(attend()), k)
+
+    def neurons(self, layer: int, y: Tensor) -> Selection:
+        k = self._counts[layer][1]
+        if k >= self._config.intermediate_size:
+            return None
+        return self._ops.select_topk(self._scores[layer].neurons(y), k)
+
+
+class NonContextualSelector(OracleSelector):
+    """What the oracle would choose if the token stood alone: its normalised embedding takes the hidden state's place,
+    and it attends to nothing but itself."""
+
+    def __init__(self, counts: Sequence[tuple[int, int]], config: ModelConfig, weights: Weights, ops: ModuleType):
+        super().__init__(counts, config, weights, ops)
+        self._layers = weights.layers
+
+    def begin(self, x: Tensor) -> None:
+        self._x = x.clone()
+
+    def heads(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> Selection:
+        attn = self._layers[layer].attn
+        G, _, D, _ = attn.blocks.shape
+        r = attn.heads_per_group
+        y = self._normalised(self._layers[layer].attn_norm)
+        values = torch.einsum("bc,gdc->bgd", y, attn.blocks[:, r + 1].float())
+        if attn.qkv_bias is not None:
+            values = values + attn.qkv_bias[:, r + 1]
+        alone = values[:, :, None].expand(-1, G, r, D).reshape(-1, G * r, D)
+        return super().heads(layer, y, lambda: alone)
+
+    def neurons(self, layer: int, y: Tensor) -> Selection:
+        return super().neurons(layer, self._normalised(self._layers[layer].mlp_norm))
+
+    def _normalised(self, norm) -> Tensor:
+        c = self._config
+        if not c.norm_before:
+            return self._x
+        return self._ops.add_norm(self._x, None, None, norm.weight, norm.bias, kind=c.norm, eps=c.norm_eps)
+
+
+class Importance(OracleSelector):
+    """Watches dense steps, selects everything, and adds up how much each unit contributed.
+
+    `total` holds for each layer the sums over tokens of the squared norms of heads (H,) and neurons (I,).
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, ops: ModuleType):
+        super().__init__([], config, weights, ops)
+        self.total = [
+            (torch.zeros(config.num_attention_heads), torch.zeros(config.intermediate_size)) for _ in weights.layers
+        ]
+
+    def heads(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> Selection:
+        self.total[layer][0].add_(self._scores[layer].heads(attend()).pow(2).sum(0))
+        return None
+
+    def neurons(self, layer: int, y: Tensor) -> Selection:
+        self.total[layer][1].add_(self._scores[layer].neurons(y).pow(2).sum(0))
+        return None

@@ -1,0 +1,159 @@
+"""Every policy through the real decode step, on the bundled trained model."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import dejavu
+from dejavu.config import SelectionConfig
+from dejavu.engine.step import DecodeStep
+from dejavu.errors import ConfigError
+from dejavu.selection import make_selector
+from dejavu.selection.oracle import Importance
+
+TEXT = """The river rises in the hills to the north of the town and flows south for about forty miles before it
+reaches the sea. In the nineteenth century several mills were built along its banks, and the water was used to drive
+their wheels. Most of them were closed after the railway came."""
+POLICIES = ("oracle", "static", "non_contextual", "random", "signs", "nearest")
+
+
+@pytest.fixture(scope="module")
+def model():
+    engine = dejavu.load("opt-mini", dtype="fp32")
+    decoder, ids = engine._decoder, engine.tokenizer.encode(TEXT)
+    importance = Importance(decoder.config, decoder.weights, decoder.ops)
+    run(SimpleNamespace(decoder=decoder, ids=ids), importance)
+    return SimpleNamespace(decoder=decoder, ids=ids, importance=importance.total)
+
+
+def run(model, selector=None, *, mode="sparse", pending=None, rows=1, eager=False):
+    """Teacher-forced logits (T, rows, V) of the text, all but 8 tokens through real decode steps; and the step."""
+    step = DecodeStep(model.decoder, rows, 128, mode, selector, pending)
+    if eager:
+        step._graph = None
+    for row in range(rows):
+        step.prefill(row, model.ids[row : row + 8])
+    out = []
+    for i in range(8, len(model.ids) - rows):
+        for row in range(rows):
+            step.feed(row, model.ids[row + i])
+        out.append(step.run().clone())
+    return torch.stack(out), step
+
+
+def select(model, policy, **settings):
+    if policy == "nearest":
+        pytest.importorskip("hnswlib")
+    decoder = model.decoder
+    config = SelectionConfig(policy, **settings)
+    return make_selector(config, decoder.config, decoder.weights, decoder.ops, importance=model.importance)
+
+
+def loss(model, logits):
+    targets = torch.tensor(model.ids[9 : 9 + len(logits) - 1])
+    return torch.nn.functional.cross_entropy(logits[:-1, 0], targets).item()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_density_one_is_dense(model, policy):
+    dense, _ = run(model, mode="dense")
+    sparse, _ = run(model, select(model, policy))
+    assert torch.equal(dense, sparse)
+
+
+def test_everything_selected_by_index_is_dense_bit_for_bit(model):
+    """Unlike density 1, which selects by None: the selecting kernels themselves run over all heads and neurons."""
+
+    class Everything:
+        capturable = True
+
+        def __init__(self, *totals):
+            self.all = [(torch.arange(n, dtype=torch.int32), torch.tensor([n], dtype=torch.int32)) for n in totals]
+
+        def advance(self): ...
+
+        def begin(self, x): ...
+
+        def heads(self, layer, y, attend):
+            return self.all[0]
+
+        def neurons(self, layer, y):
+            return self.all[1]
+
+    c = model.decoder.config
+    dense, _ = run(model, mode="dense")
+    sparse, _ = run(model, Everything(c.num_attention_heads, c.intermediate_size))
+    assert torch.equal(dense, sparse)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_sparse_kernels_read_what_is_selected(model, policy):
+    _, step = run(model, select(model, policy, mlp_density=0.1, dense_layers=(1,)))
+    steps = len(model.ids) - 9
+    expected = torch.full((8,), 205 * steps)
+    expected[1] = 2048 * steps
+    assert torch.equal(step.rows_read[:, 0], expected)
+    assert (step.rows_read[:, 1] <= step.rows_read[:, 0]).all()
+
+
+def test_context_is_worth_something(model):
+    """The paper's Figure 1(2): at one density the oracle is near dense, and what ignores the context is far off."""
+    dense = loss(model, run(model, mode="dense")[0])
+    at = {p: loss(model, run(model, select(model, p, mlp_density=0.1))[0]) for p in POLICIES if p != "nearest"}
+    assert at["oracle"] < dense + 0.2
+    assert at["signs"] < at["static"]
+    assert min(at["static"], at["non_contextual"]) > at["oracle"] + 0.3
+    assert at["random"] > at["static"]
+
+
+@pytest.mark.parametrize("policy", ["static", "signs"])
+def test_graph_equals_eager(model, policy):
+    settings = {"mlp_density": 0.2, "attn_density": 0.5 if policy == "static" else 1.0}
+    captured, _ = run(model, select(model, policy, **settings), pending=4)
+    eager, _ = run(model, select(model, policy, **settings), pending=4, eager=True)
+    assert torch.equal(captured, eager)
+
+
+@pytest.mark.parametrize("pending", [1, 3, 64])
+def test_lazy_keys_and_values_equal_full(model, pending):
+    full, _ = run(model, select(model, "random", attn_density=0.3, seed=5))
+    lazy, _ = run(model, select(model, "random", attn_density=0.3, seed=5, kv="lazy"), pending=pending)
+    assert torch.equal(full, lazy)
+
+
+@pytest.mark.parametrize("policy", ["static", "oracle", "signs"])
+def test_a_batch_reads_the_union(model, policy):
+    """A row of a batch keeps at least its own units: static sets are the same for all, so the row is unchanged."""
+    settings = {"mlp_density": 0.1}
+    alone, step_alone = run(model, select(model, policy, **settings))
+    together, step = run(model, select(model, policy, **settings), rows=3)
+    read = step.rows_read[:, 0] / len(together)
+    if policy == "static":
+        assert torch.equal(alone[: len(together), 0], together[:, 0])
+        assert (read == 205).all()
+    else:
+        assert (read > 205).all() and (read <= 3 * 205).all()
+        assert loss(model, together) < loss(model, alone) + 0.1
+
+
+def test_bad_settings_are_named(model):
+    for settings, message in [
+        ({"mlp_density": 0.0}, r"mlp_density must be in \(0, 1\], found 0.0"),
+        ({"attn_density": 1.5}, "attn_density"),
+        ({"mlp_density": (0.1, 0.2)}, "the model has 8 layers, found 2 densities"),
+        ({"dense_layers": (8,)}, "layers 0 to 7, found 8"),
+        ({"kv": "eager"}, 'kv must be "lazy" or "full"'),
+        ({"pending": 0}, "pending must be a positive integer"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            select(model, "oracle", **settings)
+    with pytest.raises(ConfigError, match="policy 'best' does not exist"):
+        SelectionConfig("best")
+    with pytest.raises(ConfigError, match="selects neurons only"):
+        select(model, "signs", attn_density=0.5)
+    with pytest.raises(ConfigError, match="use kv full"):
+        select(model, "oracle", attn_density=0.5, kv="lazy")
+    decoder = model.decoder
+    with pytest.raises(ConfigError, match="needs a calibration text"):
+        make_selector(SelectionConfig("static", 0.5), decoder.config, decoder.weights, decoder.ops)

@@ -1,0 +1,90 @@
+"""Files are whole or absent, and reading says clearly what is wrong."""
+
+import errno
+import hashlib
+import os
+
+import pytest
+
+from dejavu.artifacts import atomic_write, read_json, sha256, write_json
+from dejavu.errors import CheckpointError, ConfigError
+
+
+def test_write_replaces_the_whole_file(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"old": "x" * 1000})
+    write_json(path, {"b": [1, 2.5, None, "ä"]})
+    assert read_json(path) == {"b": [1, 2.5, None, "ä"]}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_bytes_hash_and_permissions(tmp_path):
+    with atomic_write(tmp_path / "a.bin", "wb") as file:
+        file.write(b"\x00\xff")
+    (tmp_path / "plain").touch()
+    assert sha256(tmp_path / "a.bin") == hashlib.sha256(b"\x00\xff").hexdigest()
+    assert (tmp_path / "a.bin").stat().st_mode == (tmp_path / "plain").stat().st_mode  # the umask's, as for any file
+
+
+def test_an_error_in_the_block_keeps_the_old_file_and_leaves_nothing(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"kept": True})
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as file:
+        file.write("half")
+        _ = 1 / 0
+    assert read_json(path) == {"kept": True} and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_nothing_appears_before_the_end(tmp_path):
+    with atomic_write(tmp_path / "a") as file:
+        file.write("all")
+        file.flush()
+        assert not (tmp_path / "a").exists()
+    assert (tmp_path / "a").read_text() == "all"
+
+
+def test_an_object_that_json_cannot_hold_touches_nothing(tmp_path):
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "a.json", {"loss": float("nan")})
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("target", ["missing/a.json", "file/a.json", "folder"])
+def test_an_unwritable_target_is_one_clear_error(tmp_path, target):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match="cannot be written") as error:
+        write_json(tmp_path / target, {})
+    assert str(tmp_path / target) in str(error.value) and "\n" not in str(error.value)
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+def test_devices_and_links_survive(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="not a regular file"):
+        write_json(tmp_path / "pipe", {})
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "link").symlink_to(tmp_path / "real.json")
+    write_json(tmp_path / "link", {"x": 1})
+    assert (tmp_path / "link").is_symlink() and read_json(tmp_path / "real.json") == {"x": 1}
+
+
+def test_a_full_disk_is_an_error_of_the_target_and_other_errors_stay_their_own(tmp_path):
+    with pytest.raises(ConfigError, match="No space left"), atomic_write(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "a"):
+        open(tmp_path / "other")  # noqa: SIM115, it does not open
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [(b"{", "parsed"), (b"\xff\xfe", "parsed"), (b"[1]", "a list"), (b"[" * 100_000, "parsed"), (None, "No such file")],
+)
+def test_read_json_names_the_file_and_the_fault(tmp_path, content, complaint):
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=complaint) as error:
+        read_json(path, CheckpointError)
+    assert str(path) in str(error.value)
