@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dejavu.config import SamplingParams as SamplingParams
+    from dejavu.config import SelectionConfig as SelectionConfig
     from dejavu.engine.engine import Engine as Engine
     from dejavu.engine.generation import Chunk as Chunk
     from dejavu.engine.generation import Generation as Generation
@@ -22,6 +23,7 @@ _PUBLIC = {
     "Engine": "dejavu.engine.engine",
     "Generation": "dejavu.engine.generation",
     "SamplingParams": "dejavu.config",
+    "SelectionConfig": "dejavu.config",
 }
 
 __all__ = [*_PUBLIC, "__version__", "load"]

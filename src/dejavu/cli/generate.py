@@ -11,11 +11,26 @@ from typing import Annotated
 import typer
 
 from dejavu.artifacts import atomic_write
-from dejavu.cli.options import Backend, Dtype, Json, Mode, Revision, Threads, load_engine, stats_table
-from dejavu.config import SamplingParams
+from dejavu.cli.options import (
+    AttnDensity,
+    Backend,
+    Calibration,
+    Dtype,
+    Json,
+    Kv,
+    MlpDensity,
+    Mode,
+    Policy,
+    Revision,
+    Threads,
+    load_engine,
+    stats_table,
+)
+from dejavu.config import SamplingParams, SelectionConfig
 from dejavu.errors import ConfigError
 
 DEFAULT = SamplingParams()
+SELECT_ALL = SelectionConfig()
 
 
 def generate(
@@ -38,6 +53,11 @@ def generate(
         int | None, typer.Option(help="With --json: log-probabilities, and this many alternatives a token.")
     ] = DEFAULT.logprobs,
     mode: Mode = "auto",
+    policy: Policy = None,
+    mlp_density: MlpDensity = SELECT_ALL.mlp_density,
+    attn_density: AttnDensity = SELECT_ALL.attn_density,
+    kv: Kv = SELECT_ALL.kv,
+    calibration: Calibration = None,
     dtype: Dtype = "auto",
     threads: Threads = None,
     backend: Backend = "auto",
@@ -48,6 +68,8 @@ def generate(
     """Continue a prompt; the text comes on stdout as it is made.
 
     Example: dejavu generate "The old house on the hill" -n 50 --stats
+
+    Example: dejavu generate "The old house" --policy oracle --mlp-density 0.1 --stats
 
     Example: dejavu generate facebook/opt-1.3b - --temperature 0.8 --seed 1 < prompt.txt
     """
@@ -68,6 +90,7 @@ def generate(
         ignore_eos=ignore_eos,
         logprobs=logprobs,
     )
+    selection = None if policy is None else SelectionConfig(policy, mlp_density, attn_density, kv=kv)
     from dejavu.checkpoint.source import BUNDLED
 
     if output is not None and output.is_dir():
@@ -75,7 +98,14 @@ def generate(
     # The output is opened first: a place that cannot be written is found before anything long begins.
     with nullcontext(sys.stdout) if output is None else atomic_write(output) as out:
         engine = load_engine(
-            model or BUNDLED, mode=mode, dtype=dtype, threads=threads, backend=backend, revision=revision
+            model or BUNDLED,
+            mode=mode,
+            selection=selection,
+            calibration=None if calibration is None else _read_file(calibration),
+            dtype=dtype,
+            threads=threads,
+            backend=backend,
+            revision=revision,
         )
         result = None
         try:
@@ -103,10 +133,7 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if prompt_file is not None:
         if prompt is not None:
             raise typer.BadParameter("give either PROMPT or --prompt-file")
-        try:
-            prompt = _text(prompt_file.read_bytes(), str(prompt_file))
-        except OSError as error:
-            raise ConfigError(f"{prompt_file}: cannot be read ({error.strerror}); name a text file") from error
+        prompt = _read_file(prompt_file)
     elif prompt == "-" or (prompt is None and not sys.stdin.isatty()):
         prompt = _text(sys.stdin.buffer.read(), "stdin")
     elif prompt is None:
@@ -114,6 +141,13 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if not prompt:
         raise ConfigError("the prompt is empty; give at least one character")
     return prompt
+
+
+def _read_file(path: Path) -> str:
+    try:
+        return _text(path.read_bytes(), str(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a text file") from error
 
 
 def _text(data: bytes, source: str) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
+
+from dejavu import config
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -13,7 +16,18 @@ if TYPE_CHECKING:
     from dejavu.engine.engine import Engine
     from dejavu.engine.generation import Stats
 
-Mode = Annotated[str, typer.Option(help="dense; exact: skip what a zero activation makes useless; auto: the best.")]
+Mode = Annotated[
+    str,
+    typer.Option(
+        help="dense; exact: skip what a zero activation makes useless; sparse: read what --policy selects; "
+        "auto: sparse with a --policy, else exact where the model allows it."
+    ),
+]
+Policy = Annotated[str | None, typer.Option(help=f"Who selects in mode sparse: {', '.join(get_args(config.Policy))}.")]
+MlpDensity = Annotated[float, typer.Option(help="With --policy: the fraction of the neurons to read.")]
+AttnDensity = Annotated[float, typer.Option(help="With --policy: the fraction of the query heads to read.")]
+Kv = Annotated[str, typer.Option(help="With --policy: full keys and values, or lazy: when a head is next selected.")]
+Calibration = Annotated[Path | None, typer.Option(help="With --policy static: a text to find the set on.")]
 Dtype = Annotated[str, typer.Option(help="Of the weights: fp32, bf16, fp16, or auto: as stored.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads. [default: all]", show_default=False)]
 Backend = Annotated[str, typer.Option(help="Of the kernels: cpu, reference (slow, plain PyTorch) or auto.")]
@@ -58,4 +72,5 @@ def stats_table(stats: dict[str, Stats]) -> Table:
         add(f"read per token: {part}", (s.step_bytes and decimal(round(s.step_bytes[part])) for s in runs))
     add("read per token", (s.step_bytes and decimal(round(sum(s.step_bytes.values()))) for s in runs))
     add("MLP density", (s.mlp_density and f"{s.mean_mlp_density:.1%}" for s in runs))
+    add("attention density", (s.attn_density and f"{s.mean_attn_density:.1%}" for s in runs))
     return table

@@ -11,7 +11,14 @@ PARTS = ("embedding", "attention", "mlp_in", "mlp_out", "lm_head", "kv")
 
 
 def step_bytes(
-    config: ModelConfig, weights: Weights, *, attended: float, batch: int = 1, rows_read: Tensor | None = None
+    config: ModelConfig,
+    weights: Weights,
+    *,
+    attended: float,
+    batch: int = 1,
+    rows_read: Tensor | None = None,
+    heads_read: Tensor | None = None,
+    lazy: bool = False,
 ) -> dict[str, float]:
     """Bytes read by one step of one token for every row of a batch.
 
@@ -19,6 +26,9 @@ def step_bytes(
         weights: in kernel layout; may lie on the meta device.
         attended: tokens in the cache that a row attends to, its own included (mean over rows and steps).
         rows_read: (L, R) rows of each kind that the MLPs read (mean over steps); None: all of them.
+        heads_read: (L,) query heads that were read (mean over steps); None: all of them.
+        lazy: keys and values of a head are projected only when it is selected (tokens that a full ring flushes are
+            not counted). Without it every group's are.
     Returns: bytes by part, in the order of PARTS. "mlp_in" is fc1 (the gate), "mlp_out" fc2 (up and down);
         norms and biases count with the block that they belong to, keys and values as "kv".
     """
@@ -27,16 +37,23 @@ def step_bytes(
     parts["embedding"] = batch * itemsize * (
         config.embed_size + (0 if weights.position_table is None else config.hidden_size)
     ) + _size(weights.project_in)
+    kv = 0.0
     for i, layer in enumerate(weights.layers):
         rows = layer.mlp.rows
         read = [rows.shape[0]] * rows.shape[1] if rows_read is None else rows_read[i].tolist()
         row_bytes = rows.shape[2] * rows.itemsize
-        parts["attention"] += _size(layer.attn.blocks, layer.attn.qkv_bias, layer.attn.out_bias, layer.attn_norm)
+        H = config.num_attention_heads
+        heads = 1.0 if heads_read is None else heads_read[i].item() / H
+        r = config.heads_per_group
+        # Of the 2r+2 blocks of a group, 2r belong to its query heads, and 2 are keys and values.
+        share = (2 * r * heads + 2 * (heads if lazy else 1)) / (2 * r + 2)
+        parts["attention"] += share * _size(layer.attn.blocks)
+        parts["attention"] += _size(layer.attn.qkv_bias, layer.attn.out_bias, layer.attn_norm)
+        kv += heads
         parts["mlp_in"] += read[0] * row_bytes + _size(layer.mlp.in_bias, layer.mlp_norm)
         parts["mlp_out"] += sum(read[1:]) * row_bytes + _size(layer.mlp.out_bias)
     parts["lm_head"] = float(_size(weights.head, weights.project_out, weights.final_norm))
-    kv_heads = config.num_hidden_layers * config.num_key_value_heads
-    parts["kv"] = batch * attended * 2 * kv_heads * config.head_dim * itemsize
+    parts["kv"] = batch * attended * 2 * kv * config.num_key_value_heads * config.head_dim * itemsize
     return parts
 
 

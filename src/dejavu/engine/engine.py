@@ -8,14 +8,14 @@ from numbers import Integral
 from os import PathLike
 from time import perf_counter
 from types import ModuleType
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from dejavu.checkpoint.load import Progress
 from dejavu.checkpoint.source import BUNDLED, open_checkpoint
-from dejavu.config import ZEROING_ACTIVATIONS, Mode, ModelConfig, SamplingParams
+from dejavu.config import ZEROING_ACTIVATIONS, Mode, ModelConfig, SamplingParams, SelectionConfig
 from dejavu.device import default_threads
 from dejavu.engine.generation import Batch, Chunk, Generation
 from dejavu.engine.step import DecodeStep
@@ -25,11 +25,16 @@ from dejavu.kernels import backend as load_backend
 from dejavu.model import family
 from dejavu.model.decoder import Decoder
 from dejavu.model.load import load_weights
+from dejavu.selection import Selector, make_selector
+from dejavu.selection.oracle import Importance
 
 Prompt = str | Sequence[int]
 
 # Caches are made in multiples of this many tokens, so that requests of like length share one.
 CACHE_STEP = 256
+
+# Tokens of a calibration text that the static policy looks at: sets of hot neurons settle within a few hundred.
+CALIBRATION_TOKENS = 1024
 
 
 class Engine:
@@ -40,13 +45,23 @@ class Engine:
     Args:
         decoder: the model.
         tokenizer: of the same checkpoint.
-        mode: "dense", "exact", or "auto": exact where the activation allows it.
-    Raises: ConfigError for a mode that the model does not support.
+        mode: "dense", "exact", "sparse", or "auto": sparse with a selection, else exact where the activation allows it.
+        selection: what the sparse mode reads; only that mode takes one.
+        calibration: text from which the static policy learns which units matter.
+    Raises: ConfigError for a mode that the model does not support, or that does not go with the selection.
     """
 
-    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, mode: Mode | Literal["auto"] = "auto"):
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        mode: Mode | Literal["auto"] = "auto",
+        selection: SelectionConfig | None = None,
+        calibration: str | None = None,
+    ):
         self._decoder, self.tokenizer = decoder, tokenizer
-        self.mode = _choose_mode(mode, decoder.config)
+        self.mode, self.selection = _choose_mode(mode, decoder.config, selection), selection
+        self._selector = None if selection is None else self._make_selector(selection, calibration)
         self._idle: list[DecodeStep] = []  # the last step made, while nothing uses it
 
     @classmethod
@@ -56,6 +71,8 @@ class Engine:
         *,
         dtype: str = "auto",
         mode: Mode | Literal["auto"] = "auto",
+        selection: SelectionConfig | None = None,
+        calibration: str | None = None,
         threads: int | None = None,
         backend: str = "auto",
         revision: str | None = None,
@@ -66,7 +83,7 @@ class Engine:
         Args:
             model: a local folder, an id on the Hugging Face Hub, or "opt-mini", the bundled model.
             dtype: of the weights: "fp32", "bf16", "fp16", or "auto": as stored.
-            mode: "dense", "exact", or "auto": exact where the activation allows it.
+            mode, selection, calibration: what is read for each token; see Engine.
             threads: CPU threads of the whole process; None: all that it may use.
             backend: of the kernels; see dejavu.kernels.
             revision: branch, tag or commit of a hub id.
@@ -78,9 +95,9 @@ class Engine:
         checkpoint = open_checkpoint(model, revision=revision)
         # What can fail fast comes before the weights, which may take minutes.
         config = family(checkpoint.config.get("model_type")).parse(checkpoint.config)
-        mode, tokenizer = _choose_mode(mode, config), Tokenizer(checkpoint.path, config)
+        mode, tokenizer = _choose_mode(mode, config, selection), Tokenizer(checkpoint.path, config)
         config, weights = load_weights(checkpoint, ops=ops, dtype=dtype, progress=progress)
-        return cls(Decoder(config, weights, ops), tokenizer, mode)
+        return cls(Decoder(config, weights, ops), tokenizer, mode, selection, calibration)
 
     @property
     def config(self) -> ModelConfig:
@@ -91,9 +108,9 @@ class Engine:
         """Of the weights as loaded."""
         return self._decoder.weights.dtype
 
-    def with_mode(self, mode: Mode) -> Engine:
+    def with_mode(self, mode: Mode, selection: SelectionConfig | None = None, calibration: str | None = None) -> Engine:
         """An engine over the same weights that runs in another mode. Raises: ConfigError as the class does."""
-        return Engine(self._decoder, self.tokenizer, mode)
+        return Engine(self._decoder, self.tokenizer, mode, selection, calibration)
 
     def generate(
         self, prompt: Prompt | Sequence[Prompt], params: SamplingParams | None = None, **sampling
@@ -133,20 +150,39 @@ class Engine:
         return self._decoder.prefill(torch.tensor(ids), self._decoder.new_cache(1, len(ids)), all_logits=True)
 
     def _run(self, prompts: list[list[int]], params: SamplingParams, started: float) -> Iterator[Chunk]:
-        context = self.config.max_position_embeddings
+        context = self._context
         need = min(context, max(map(len, prompts)) + params.max_new_tokens - 1)
         capacity = min(context, -(-need // CACHE_STEP) * CACHE_STEP)
         step = self._idle.pop() if self._idle else None
         # The rotary table of some models depends on the capacity, so a larger cache would not do.
         if step is None or (step.cache.batch, step.cache.capacity) != (len(prompts), capacity):
-            step = DecodeStep(self._decoder, len(prompts), capacity, self.mode)
+            pending = self.selection.pending if self.selection and self.selection.kv == "lazy" else None
+            step = DecodeStep(self._decoder, len(prompts), capacity, self.mode, self._selector, pending)
         try:
             yield from Batch(self._decoder, self.tokenizer, step, prompts, params, started).chunks()
         finally:
             self._idle[:] = [step]
 
+    def _make_selector(self, selection: SelectionConfig, calibration: str | None) -> Selector:
+        d = self._decoder
+        importance = None
+        if calibration is not None:
+            watch = Importance(d.config, d.weights, d.ops)
+            ids = self._prompt_ids(self.tokenizer.encode(calibration)[: min(CALIBRATION_TOKENS, self._context)])
+            step = DecodeStep(d, 1, len(ids), "sparse", watch)
+            step.prefill(0, ids[:1])
+            for token in ids[1:]:
+                step.feed(0, token)
+                step.run()
+            importance = watch.total
+        return make_selector(selection, d.config, d.weights, d.ops, importance=importance)
+
+    @property
+    def _context(self) -> int:
+        return self.config.max_position_embeddings
+
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
-        V, context = self.config.vocab_size, self.config.max_position_embeddings
+        V, context = self.config.vocab_size, self._context
         text = isinstance(prompt, str)
         ids = self.tokenizer.encode(prompt) if text else list(prompt)
         if not ids:
@@ -168,16 +204,20 @@ def _is_single(prompt: Prompt | Sequence[Prompt]) -> bool:
     return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Integral))
 
 
-def _choose_mode(mode: str, config: ModelConfig) -> Mode:
+def _choose_mode(mode: str, config: ModelConfig, selection: SelectionConfig | None) -> Mode:
+    if mode == "auto" and selection is not None:
+        return "sparse"
     if mode == "auto":
         return "exact" if "exact" in config.modes else "dense"
-    if mode not in ("dense", "exact"):
-        raise ConfigError(f"mode {mode!r} does not exist; choose one of: auto, dense, exact")
+    if mode not in get_args(Mode):
+        raise ConfigError(f"mode {mode!r} does not exist; choose one of: auto, {', '.join(get_args(Mode))}")
     if mode not in config.modes:
         raise ConfigError(
             f"mode {mode} needs an activation that is zero on a half line ({' or '.join(ZEROING_ACTIVATIONS)}); "
             f"this model has {config.activation}: use mode dense"
         )
+    if (mode == "sparse") != (selection is not None):
+        raise ConfigError("mode sparse needs a selection, and no other mode takes one")
     return mode
 
 

@@ -36,10 +36,15 @@ class Stats:
     step_ms_p50: float | None
     step_bytes: dict[str, float] | None  # mean bytes read by a step, by part (engine.bytes.PARTS)
     mlp_density: tuple[float, ...] | None  # by layer: the fraction of the fc2 (down) rows that were read
+    attn_density: tuple[float, ...] | None  # by layer: the fraction of the query heads that were read
 
     @property
     def mean_mlp_density(self) -> float | None:
         return None if self.mlp_density is None else sum(self.mlp_density) / len(self.mlp_density)
+
+    @property
+    def mean_attn_density(self) -> float | None:
+        return None if self.attn_density is None else sum(self.attn_density) / len(self.attn_density)
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class Batch:
 
     def chunks(self) -> Iterator[Chunk]:
         """A chunk for each token of each row, as they come."""
-        self._step.rows_read.zero_()
+        self._step.reset_counts()
         for index, row in enumerate(self._rows):
             began = perf_counter()
             logits = self._step.prefill(index, row.prompt_ids)
@@ -120,20 +125,29 @@ class Batch:
     def _stats(self, row: _Row) -> Stats:
         """The row's own times, and the batch's steps until the row's end."""
         steps, decode_s, config = len(self._step_s), sum(self._step_s), self._decoder.config
-        read = self._step.rows_read / max(1, steps)
+        read, heads = self._step.rows_read / max(1, steps), self._step.heads_read / max(1, steps)
         times = {"prompt_tokens": len(row.prompt_ids), "new_tokens": len(row.token_ids), "prefill_s": row.prefill_s}
         times |= {"ttft_s": row.ttft_s, "decode_s": decode_s}
         if not steps:
-            return Stats(**times, decode_tok_per_s=None, step_ms_p50=None, step_bytes=None, mlp_density=None)
+            return Stats(
+                **times, decode_tok_per_s=None, step_ms_p50=None, step_bytes=None, mlp_density=None, attn_density=None
+            )
         batch = len(self._rows)
         return Stats(
             **times,
             decode_tok_per_s=(len(row.token_ids) - 1) / decode_s,
             step_ms_p50=median(self._step_s) * 1e3,
             step_bytes=step_bytes(
-                config, self._decoder.weights, attended=self._attended / steps / batch, batch=batch, rows_read=read
+                config,
+                self._decoder.weights,
+                attended=self._attended / steps / batch,
+                batch=batch,
+                rows_read=read,
+                heads_read=heads,
+                lazy=self._step.cache.hidden is not None,
             ),
             mlp_density=tuple((read[:, -1] / config.intermediate_size).tolist()),
+            attn_density=tuple((heads / config.num_attention_heads).tolist()),
         )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dejavu.config import Mode
+from dejavu.kernels.reference import Selection
 from dejavu.model.decoder import Decoder
 from dejavu.selection import Selector
 
@@ -15,7 +17,8 @@ from dejavu.selection import Selector
 class DecodeStep:
     """The decode step of a batch over a cache of its own; captured once, then replayed in one call.
 
-    `rows_read` (L, R) int64 counts the rows of each kind that the MLPs have read; the caller may zero it.
+    `rows_read` (L, R) int64 counts the rows of each kind that the MLPs have read, and `heads_read` (L,) int64 the query
+    heads; `reset_counts` zeroes both.
 
     Args:
         decoder: the model.
@@ -34,7 +37,8 @@ class DecodeStep:
         selector: Selector | None = None,
         pending: int | None = None,
     ):
-        self._decoder, self._mode, self._selector = decoder, mode, selector
+        self._decoder, self._mode = decoder, mode
+        self._selector = None if selector is None else _Watched(selector, decoder.config.num_hidden_layers)
         self.cache = decoder.new_cache(batch, capacity, pending)
         self._ids = torch.zeros(batch, dtype=torch.int32)
         self._positions = torch.zeros(batch, dtype=torch.int32)
@@ -43,6 +47,8 @@ class DecodeStep:
         self.rows_read = torch.zeros(
             decoder.config.num_hidden_layers, 3 if decoder.config.gated else 2, dtype=torch.int64
         )
+        self.heads_read = torch.zeros(decoder.config.num_hidden_layers, dtype=torch.int64)
+        self._heads_view = self.heads_read.numpy()
         self._graph = None
         if hasattr(decoder.ops, "capture") and (selector is None or selector.capturable):
             with torch.inference_mode(), decoder.ops.capture() as capture:
@@ -53,6 +59,10 @@ class DecodeStep:
     def lengths(self) -> list[int]:
         """Tokens in the cache of each row."""
         return (self._positions_view + 1).tolist()
+
+    def reset_counts(self) -> None:
+        self.rows_read.zero_()
+        self.heads_read.zero_()
 
     def prefill(self, row: int, ids: Sequence[int]) -> Tensor:
         """Put a prompt of at most `capacity` tokens into a row; returns the logits (V,) after its last token."""
@@ -70,9 +80,15 @@ class DecodeStep:
             self._selector.advance()
         if self._graph is not None:
             self._graph.replay()
-            return self._logits
-        with torch.inference_mode():
-            return self._step()
+            logits = self._logits
+        else:
+            with torch.inference_mode():
+                logits = self._step()
+        H, counts = self._decoder.config.num_attention_heads, None if self._selector is None else self._selector.counts
+        for layer in range(len(self._heads_view)):
+            count = None if counts is None else counts[layer]
+            self._heads_view[layer] += H if count is None else count[0]
+        return logits
 
     def _step(self) -> Tensor:
         return self._decoder.step(
@@ -83,3 +99,18 @@ class DecodeStep:
             selector=self._selector,
             rows_read=self.rows_read,
         )
+
+
+class _Watched:
+    """A selector, and how many heads it selected last: `counts` holds for each layer its count, or None for all."""
+
+    def __init__(self, selector: Selector, layers: int):
+        self._selector, self.capturable = selector, selector.capturable
+        self.advance, self.begin, self.neurons = selector.advance, selector.begin, selector.neurons
+        self.counts: list[np.ndarray | None] = [None] * layers
+
+    def heads(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> Selection:
+        selection = self._selector.heads(layer, y, attend)
+        # Through numpy, as above; a captured count is a buffer that every replay renews.
+        self.counts[layer] = None if selection is None else selection[1].numpy()
+        return selection

@@ -48,18 +48,18 @@ def _add_norm(
         tl.store(x_ptr + b * C + cols, total, mask=mask)
         last = count_in(ticket_ptr + b, tl.num_programs(0))
     if last:
-        cols = tl.arange(0, CP)
-        mask = cols < C
-        y = tl.load(x_ptr + b * C + cols, mask=mask, other=0.0)
+        row = tl.arange(0, CP)
+        inside = row < C
+        y = tl.load(x_ptr + b * C + row, mask=inside, other=0.0)
         if KIND == "layer":
-            y = tl.where(mask, y - tl.sum(y, axis=0) / C, 0.0)
+            y = tl.where(inside, y - tl.sum(y, axis=0) / C, 0.0)
         if KIND != "none":
             y *= tl.rsqrt(tl.sum(y * y, axis=0) / C + EPS)
             if weight_ptr is not None:
-                y *= tl.load(weight_ptr + cols, mask=mask, other=0.0)
+                y *= tl.load(weight_ptr + row, mask=inside, other=0.0)
             if bias_ptr is not None:
-                y += tl.load(bias_ptr + cols, mask=mask, other=0.0)
-        tl.store(y_ptr + b * C + cols, y, mask=mask)
+                y += tl.load(bias_ptr + row, mask=inside, other=0.0)
+        tl.store(y_ptr + b * C + row, y, mask=inside)
 
 
 def add_norm(

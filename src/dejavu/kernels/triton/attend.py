@@ -23,6 +23,74 @@ _MAX_SPLITS = 64
 
 
 @triton.jit
+def _one_head(
+    q_ptr, k_ptr, v_ptr, first, last, start, D: tl.constexpr, SCALE: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr
+):
+    """Softmax over the tokens first .. last, from `start` on, of one head: its maximum, sum and weighted values."""
+    d = tl.arange(0, DP)
+    q = tl.load(q_ptr + d, mask=d < D, other=0.0) * SCALE
+    top = -float("inf")
+    norm = 0.0
+    acc = tl.zeros((BT, DP), tl.float32)
+    for t in range(first, last, BT):
+        token = t + tl.arange(0, BT)
+        live = (token >= start) & (token < last)
+        at = token[:, None] * D + d[None, :]
+        mask = live[:, None] & (d < D)[None, :]
+        k = tl.load(k_ptr + at, mask=mask, other=0.0)
+        v = tl.load(v_ptr + at, mask=mask, other=0.0)
+        score = tl.where(live, tl.sum(q[None, :] * k.to(tl.float32), axis=1), -float("inf"))
+        new_top = tl.maximum(top, tl.max(score, axis=0))
+        p = tl.exp2(score - new_top)
+        shrink = tl.exp2(top - new_top)
+        norm = norm * shrink + tl.sum(p, axis=0)
+        acc = acc * shrink + p[:, None] * v.to(tl.float32)
+        top = new_top
+    return tl.full((1,), 0.0, tl.float32) + top, tl.full((1,), 0.0, tl.float32) + norm, tl.sum(acc, axis=0)[None, :]
+
+
+@triton.jit
+def _heads(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    first,
+    last,
+    start,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    SCALE: tl.constexpr,
+    RP: tl.constexpr,
+    DP: tl.constexpr,
+    BT: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """_one_head for the R heads of a group, on the tensor cores."""
+    d = tl.arange(0, DP)
+    r = tl.arange(0, RP)
+    q = tl.load(q_ptr + r[:, None] * D + d[None, :], mask=(r < R)[:, None] & (d < D)[None, :], other=0.0) * SCALE
+    top = tl.full((RP,), -float("inf"), tl.float32)
+    norm = tl.zeros((RP,), tl.float32)
+    acc = tl.zeros((RP, DP), tl.float32)
+    for t in tl.range(first, last, BT, num_stages=STAGES):
+        token = t + tl.arange(0, BT)
+        live = (token >= start) & (token < last)
+        at = token[:, None] * D + d[None, :]
+        mask = live[:, None] & (d < D)[None, :]
+        k = tl.load(k_ptr + at, mask=mask, other=0.0)
+        v = tl.load(v_ptr + at, mask=mask, other=0.0)
+        score = matmul(q, tl.trans(k), tl.zeros((RP, BT), tl.float32))
+        score = tl.where(live[None, :], score, -float("inf"))
+        new_top = tl.maximum(top, tl.max(score, axis=1))
+        p = tl.exp2(score - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        norm = norm * shrink + tl.sum(p, axis=1)
+        acc = matmul(p, v, acc * shrink[:, None])
+        top = new_top
+    return top, norm, acc
+
+
+@triton.jit
 def _attend(
     q_ptr,
     k_ptr,
@@ -46,6 +114,7 @@ def _attend(
     RP: tl.constexpr,
     DP: tl.constexpr,
     BT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     split = tl.program_id(0)
     group = tl.program_id(1)
@@ -59,36 +128,21 @@ def _attend(
     if (split >= first_split) & (split <= last_split) & group_selected(idx_ptr, count_ptr, group, R, CAPACITY):
         d = tl.arange(0, DP)
         r = tl.arange(0, RP)
-        d_mask = (d < D)[None, :]
         pair = b * tl.num_programs(1) + group
-        heads = pair * R + r
-        q = tl.load(q_ptr + heads[:, None] * D + d[None, :], mask=(r < R)[:, None] & d_mask, other=0.0)
-        q *= SCALE
         cache = pair.to(tl.int64) * S * D
-        top = tl.full((RP,), -float("inf"), tl.float32)
-        norm = tl.zeros((RP,), tl.float32)
-        acc = tl.zeros((RP, DP), tl.float32)
-        for t in range(tl.maximum(split * CHUNK, start // BT * BT), tl.minimum((split + 1) * CHUNK, end), BT):
-            token = t + tl.arange(0, BT)
-            live = (token >= start) & (token < end)
-            at = cache + token[:, None] * D + d[None, :]
-            k = tl.load(k_ptr + at, mask=live[:, None] & d_mask, other=0.0)
-            v = tl.load(v_ptr + at, mask=live[:, None] & d_mask, other=0.0)
-            if RP == 1:
-                score = tl.sum(q * k.to(tl.float32), axis=1)[None, :]
-            else:
-                score = matmul(q, tl.trans(k), tl.zeros((RP, BT), tl.float32))
-            score = tl.where(live[None, :], score, -float("inf"))
-            new_top = tl.maximum(top, tl.max(score, axis=1))
-            p = tl.exp2(score - new_top[:, None])
-            shrink = tl.exp2(top - new_top)
-            norm = norm * shrink + tl.sum(p, axis=1)
-            acc *= shrink[:, None]
-            if RP == 1:
-                acc += tl.sum(tl.trans(p) * v.to(tl.float32), axis=0)[None, :]
-            else:
-                acc = matmul(p, v, acc)
-            top = new_top
+        # The first tile starts at a multiple of BT, and so has a token to attend to.
+        first = tl.maximum(split * CHUNK, start // BT * BT)
+        last = tl.minimum((split + 1) * CHUNK, end)
+        if RP == 1:
+            top, norm, acc = _one_head(
+                q_ptr + pair * D, k_ptr + cache, v_ptr + cache, first, last, start, D, SCALE, DP, BT
+            )
+        else:
+            top, norm, acc = _heads(
+                q_ptr + pair * R * D, k_ptr + cache, v_ptr + cache, first, last, start, R, D, SCALE, RP, DP, BT, STAGES
+            )
+        heads = pair * R + r
+        d_mask = (d < D)[None, :]
         part = heads * SPLITS + split
         tl.store(max_ptr + part, top, mask=r < R)
         tl.store(sum_ptr + part, norm, mask=r < R)
@@ -96,14 +150,14 @@ def _attend(
 
         if count_in(ticket_ptr + pair, last_split - first_split + 1):
             splits = tl.arange(0, triton.next_power_of_2(SPLITS))
-            live = (splits >= first_split) & (splits <= last_split)
+            done = (splits >= first_split) & (splits <= last_split)
             for j in range(R):
-                part = (pair * R + j) * SPLITS + splits
-                top_j = tl.load(max_ptr + part, mask=live, other=-float("inf"))
+                parts = (pair * R + j) * SPLITS + splits
+                top_j = tl.load(max_ptr + parts, mask=done, other=-float("inf"))
                 weight = tl.exp2(top_j - tl.max(top_j, axis=0))
-                total = tl.sum(weight * tl.load(sum_ptr + part, mask=live, other=0.0), axis=0)
-                at = part[:, None] * D + d[None, :]
-                accs = tl.load(acc_ptr + at, mask=live[:, None] & d_mask, other=0.0)
+                total = tl.sum(weight * tl.load(sum_ptr + parts, mask=done, other=0.0), axis=0)
+                rows = parts[:, None] * D + d[None, :]
+                accs = tl.load(acc_ptr + rows, mask=done[:, None] & d_mask, other=0.0)
                 out = tl.sum(weight[:, None] * accs, axis=0) / total
                 tl.store(out_ptr + (pair * R + j) * D + d, out, mask=d < D)
 

@@ -17,8 +17,6 @@ from dejavu.kernels.triton import tuning
 from dejavu.kernels.triton.tiles import (
     count_in,
     group_selected,
-    load_rows,
-    matmul,
     padded_batch,
     project,
     selection_args,
@@ -61,18 +59,22 @@ def _finish(
         first, second = tl.split(tl.permute(tl.reshape(acc, (M, 2, PAIRS)), (0, 2, 1)))
         pair = tile * PAIRS + tl.arange(0, PAIRS)
         mask = live[:, None] & (pair < D // 2)[None, :]
-        at = token[:, None] * D + pair[None, :]
-        cos = tl.load(cos_sin_ptr + at, mask=mask, other=0.0)
-        sin = tl.load(cos_sin_ptr + at + D // 2, mask=mask, other=0.0)
+        angle = token[:, None] * D + pair[None, :]
+        cos = tl.load(cos_sin_ptr + angle, mask=mask, other=0.0)
+        sin = tl.load(cos_sin_ptr + angle + D // 2, mask=mask, other=0.0)
         turned = tl.join(first * cos - second * sin, second * cos + first * sin)
         turned = tl.reshape(tl.permute(turned, (0, 2, 1)), (M, BN))
         acc = tl.where(part <= R, turned, acc)
     mask = live[:, None] & row_mask[None, :]
-    query = (b * G + group) * R + part
-    tl.store(q_ptr + query[:, None] * D + d[None, :], acc, mask=mask & (part < R))
-    at = ((b * G + group).to(tl.int64) * S + token)[:, None] * D + d[None, :]
-    tl.store(k_ptr + at, acc.to(k_ptr.dtype.element_ty), mask=mask & (part == R))
-    tl.store(v_ptr + at, acc.to(v_ptr.dtype.element_ty), mask=mask & (part == R + 1))
+    if part < R:
+        query = (b * G + group) * R + part
+        tl.store(q_ptr + query[:, None] * D + d[None, :], acc, mask=mask)
+    else:
+        at = ((b * G + group).to(tl.int64) * S + token)[:, None] * D + d[None, :]
+        if part == R:
+            tl.store(k_ptr + at, acc.to(k_ptr.dtype.element_ty), mask=mask)
+        else:
+            tl.store(v_ptr + at, acc.to(v_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -103,6 +105,8 @@ def _attn_qkv(
     COPY: tl.constexpr,
     BN: tl.constexpr,
     BC: tl.constexpr,
+    KC: tl.constexpr,
+    SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     tile = tl.program_id(0)
@@ -146,7 +150,7 @@ def _attn_qkv(
     else:
         pending_kv = part < 0
     if active and not pending_kv:
-        acc = project(x_ptr, w_ptr, rows, row_mask, B, C, BP, BN, BC, STAGES)
+        acc = project(x_ptr + b * C, b < B, w_ptr, rows, row_mask, C, BP, BN, BC, SPLIT, STAGES)
         _finish(
             acc, b, positions, b < B, group, part, tile, d, row_mask,
             bias_ptr, cos_sin_ptr, q_ptr, k_ptr, v_ptr, S, G, R, D, BP, BN,
@@ -165,23 +169,15 @@ def _attn_qkv(
                 slot_b = tl.sum((slot[:, None] >= ends[None, :]).to(tl.int32), axis=1)
                 mine = slot_b[:, None] == b[None, :]
                 token = slot + tl.sum(tl.where(mine, (known - (ends - n))[None, :], 0), axis=1)
-                current = token == tl.sum(tl.where(mine, positions[None, :], 0), axis=1)
-                old_rows = (slot_b * P + token % P).to(tl.int64) * C
-                acc = tl.zeros((SLOTS, BN), tl.float32)
-                for c in tl.range(0, C, BC, num_stages=STAGES):
-                    cols = c + tl.arange(0, BC)
-                    w = load_rows(w_ptr, rows, cols, row_mask[:, None] & (cols < C)[None, :])
-                    new = tl.load(
-                        x_ptr + slot_b[:, None] * C + cols[None, :],
-                        mask=(live & current)[:, None] & (cols < C)[None, :],
-                        other=0.0,
-                    )
-                    old = tl.load(
-                        hidden_ptr + old_rows[:, None] + cols[None, :],
-                        mask=(live & (token != token + 1) & (current == 0))[:, None] & (cols < C)[None, :],
-                        other=0.0,
-                    )
-                    acc = matmul(new + old, tl.trans(w), acc)
+                # The newest token is still in x: other programs are writing it to the ring.
+                source = tl.where(
+                    token == tl.sum(tl.where(mine, positions[None, :], 0), axis=1),
+                    x_ptr + slot_b * C,
+                    hidden_ptr + (slot_b * P + token % P).to(tl.int64) * C,
+                )
+                if C % 4 == 0:
+                    source = tl.multiple_of(source, 16)
+                acc = project(source, live, w_ptr, rows, row_mask, C, SLOTS, BN, KC, SPLIT, STAGES)
                 _finish(
                     acc, slot_b, token, live, group, part, tile, d, row_mask,
                     bias_ptr, cos_sin_ptr, q_ptr, k_ptr, v_ptr, S, G, R, D, SLOTS, BN,

@@ -23,12 +23,13 @@ def _linear(
     BP: tl.constexpr,
     BN: tl.constexpr,
     BC: tl.constexpr,
+    SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     b = tl.arange(0, BP)
     for tile in range(tl.program_id(0), tl.cdiv(N, BN), tl.num_programs(0)):
         n = tile * BN + tl.arange(0, BN)
-        y = project(x_ptr, w_ptr, n.to(tl.int64) * C, n < N, B, C, BP, BN, BC, STAGES)
+        y = project(x_ptr + b * C, b < B, w_ptr, n.to(tl.int64) * C, n < N, C, BP, BN, BC, SPLIT, STAGES)
         if bias_ptr is not None:
             y += tl.load(bias_ptr + n, mask=n < N, other=0.0)[None, :]
         tl.store(y_ptr + b[:, None] * N + n[None, :], y, mask=(b < B)[:, None] & (n < N)[None, :])

@@ -39,52 +39,60 @@ def tickets(op: str, n: int, device: torch.device) -> Tensor:
 
 
 @triton.jit
-def load_rows(w_ptr, rows, cols, mask):
-    """Weights at element offsets `rows[:, None] + cols[None, :]`: read once, so the first to leave the cache."""
-    return tl.load(w_ptr + rows[:, None] + cols[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+def load_rows(pointers, mask):
+    """A tile of weights: each is read once, so it is the first to leave the cache."""
+    return tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
 def matmul(a, w, acc):
-    """acc + a @ w on the tensor cores. a: (M, K) float32; w: (K, N) weights; acc: (M, N) float32."""
+    """acc + a @ w on the tensor cores. a: (.., M, K) float32; w: (.., K, N) weights; acc: (.., M, N) float32."""
     if w.dtype == tl.float32:
         return tl.dot(a, w, acc, input_precision="ieee")
     else:
-        high = a.to(w.dtype)
-        low = (a - high.to(tl.float32)).to(w.dtype)
-        return tl.dot(high, w, tl.dot(low, w, acc))
+        if w.dtype == tl.bfloat16:
+            # Cutting off is an integer operation; rounding here would take a slow conversion for every element.
+            high = (a.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+        else:
+            high = a.to(w.dtype).to(tl.float32)
+        return tl.dot(high.to(w.dtype), w, tl.dot((a - high).to(w.dtype), w, acc))
 
 
 @triton.jit
 def project(
-    x_ptr,
+    x_rows,
+    live,
     w_ptr,
     rows,
     row_mask,
-    B: tl.constexpr,
     C: tl.constexpr,
-    BP: tl.constexpr,
+    M: tl.constexpr,
     BN: tl.constexpr,
     BC: tl.constexpr,
+    SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """x @ w[rows].T as a (BP, BN) float32 tile. x: (B, C) float32; rows: (BN,) element offsets."""
-    if BP == 1:
+    """Products of M rows of activations with BN rows of weights, both C long: (M, BN) float32.
+
+    x_rows: (M,) pointers to float32 rows, of which `live` ones are read; rows: (BN,) element offsets. More than one row
+    is multiplied in SPLIT parts of the columns, one a warp, so that no warp splits activations that another has split.
+    """
+    if M == 1:
         acc = tl.zeros((BN, BC), tl.float32)
         for c in tl.range(0, C, BC, num_stages=STAGES):
             cols = c + tl.arange(0, BC)
-            w = load_rows(w_ptr, rows, cols, row_mask[:, None] & (cols < C)[None, :])
-            acc += w.to(tl.float32) * tl.load(x_ptr + cols, mask=cols < C, other=0.0)[None, :]
+            w = load_rows(w_ptr + rows[:, None] + cols[None, :], row_mask[:, None] & (cols < C)[None, :])
+            x = tl.load(x_rows[:, None] + cols[None, :], mask=live[:, None] & (cols < C)[None, :], other=0.0)
+            acc = tl.fma(w.to(tl.float32), x, acc)
         return tl.sum(acc, axis=1)[None, :]
     else:
-        b = tl.arange(0, BP)
-        acc = tl.zeros((BP, BN), tl.float32)
-        for c in tl.range(0, C, BC, num_stages=STAGES):
-            cols = c + tl.arange(0, BC)
-            w = load_rows(w_ptr, rows, cols, row_mask[:, None] & (cols < C)[None, :])
-            x = tl.load(x_ptr + b[:, None] * C + cols[None, :], mask=(b < B)[:, None] & (cols < C)[None, :], other=0.0)
-            acc = matmul(x, tl.trans(w), acc)
-        return acc
+        acc = tl.zeros((SPLIT, M, BN), tl.float32)
+        for c in tl.range(0, C, SPLIT * BC, num_stages=STAGES):
+            cols = c + tl.arange(0, SPLIT)[:, None, None] * BC + tl.arange(0, BC)[None, None, :]
+            w = load_rows(w_ptr + rows[None, :, None] + cols, row_mask[None, :, None] & (cols < C))
+            x = tl.load(x_rows[None, :, None] + cols, mask=live[None, :, None] & (cols < C), other=0.0)
+            acc = matmul(x, tl.permute(w, (0, 2, 1)), acc)
+        return tl.sum(acc, axis=0)
 
 
 @triton.jit

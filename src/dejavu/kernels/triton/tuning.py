@@ -18,25 +18,25 @@ PROGRAMS = 2112
 TABLE: dict[tuple[str, str], tuple[dict[str, int], dict[str, int]]] = {
     ("add_norm", "any"): ({"BS": 16, "BC": 128, "num_warps": 8}, {"BS": 8, "BC": 256, "num_warps": 8}),
     ("linear", "any"): (
-        {"BN": 4, "BC": 1024, "STAGES": 3, "num_warps": 4},
-        {"BN": 32, "BC": 128, "STAGES": 4, "num_warps": 4},
+        {"BN": 4, "BC": 1024, "SPLIT": 1, "STAGES": 3, "num_warps": 4},
+        {"BN": 32, "BC": 32, "SPLIT": 4, "STAGES": 4, "num_warps": 4},
     ),
     ("attn_qkv", "any"): (
-        {"BN": 16, "BC": 256, "STAGES": 3, "num_warps": 4},
-        {"BN": 16, "BC": 128, "STAGES": 4, "num_warps": 4},
+        {"BN": 16, "BC": 256, "KC": 32, "SPLIT": 4, "STAGES": 3, "num_warps": 4},
+        {"BN": 16, "BC": 32, "KC": 32, "SPLIT": 4, "STAGES": 4, "num_warps": 4},
     ),
-    ("attend", "any"): ({"BT": 64, "num_warps": 4}, {"BT": 64, "num_warps": 4}),
+    ("attend", "any"): ({"BT": 64, "STAGES": 2, "num_warps": 4}, {"BT": 64, "STAGES": 2, "num_warps": 4}),
     ("attn_out", "any"): (
-        {"BN": 8, "BC": 512, "STAGES": 3, "SPLITS": 264, "num_warps": 4},
-        {"BN": 32, "BC": 128, "STAGES": 3, "SPLITS": 264, "num_warps": 4},
+        {"BN": 8, "BC": 512, "STAGES": 4, "SPLITS": 264, "num_warps": 4},
+        {"BN": 32, "BC": 128, "STAGES": 5, "SPLITS": 264, "num_warps": 4},
     ),
     ("mlp_in", "any"): (
-        {"BN": 4, "BC": 1024, "STAGES": 3, "num_warps": 4},
-        {"BN": 32, "BC": 128, "STAGES": 4, "num_warps": 4},
+        {"BN": 4, "BC": 1024, "SPLIT": 1, "STAGES": 3, "num_warps": 4},
+        {"BN": 32, "BC": 32, "SPLIT": 4, "STAGES": 4, "num_warps": 4},
     ),
     ("mlp_out", "any"): (
-        {"BN": 8, "BC": 512, "STAGES": 3, "SPLITS": 264, "num_warps": 4},
-        {"BN": 32, "BC": 128, "STAGES": 3, "SPLITS": 264, "num_warps": 4},
+        {"BN": 8, "BC": 512, "STAGES": 4, "SPLITS": 264, "num_warps": 4},
+        {"BN": 32, "BC": 128, "STAGES": 5, "SPLITS": 264, "num_warps": 4},
     ),
 }
 

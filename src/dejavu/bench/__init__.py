@@ -1,0 +1,1 @@
+"""Measuring: interleaved timing, bandwidth, random weights of public shapes, peers, records."""

@@ -1,0 +1,146 @@
+"""Named shapes: the config.json of public checkpoints, and random weights to fill them.
+
+Random weights show speed, never quality.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from statistics import NormalDist
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dejavu.checkpoint.layout import Weights, allocate
+from dejavu.config import ModelConfig
+from dejavu.errors import ConfigError
+from dejavu.model import family
+
+# A prime, so that no two rows of a model are filled from the same place of the noise.
+_NOISE = 8_388_593
+
+
+def _opt(hidden_size: int, num_hidden_layers: int, num_attention_heads: int, **other: Any) -> dict[str, Any]:
+    return {
+        "model_type": "opt",
+        "activation_function": "relu",
+        "hidden_size": hidden_size,
+        "word_embed_proj_dim": hidden_size,
+        "ffn_dim": 4 * hidden_size,
+        "num_hidden_layers": num_hidden_layers,
+        "num_attention_heads": num_attention_heads,
+        "max_position_embeddings": 2048,
+        "vocab_size": 50272,
+        "do_layer_norm_before": True,
+        "bos_token_id": 2,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+        **other,
+    }
+
+
+# facebook/opt-*, of which 175b is described in the paper only (arXiv 2205.01068), and SparseLLM/ReluLLaMA-7B
+SHAPES: dict[str, dict[str, Any]] = {
+    "opt-125m": _opt(768, 12, 12),
+    "opt-350m": _opt(1024, 24, 16, word_embed_proj_dim=512, do_layer_norm_before=False),
+    "opt-1.3b": _opt(2048, 24, 32),
+    "opt-2.7b": _opt(2560, 32, 32),
+    "opt-6.7b": _opt(4096, 32, 32),
+    "opt-13b": _opt(5120, 40, 40),
+    "opt-30b": _opt(7168, 48, 56),
+    "opt-66b": _opt(9216, 64, 72),
+    "opt-175b": _opt(12288, 96, 96),
+    "llama-2-7b-relu": {
+        "model_type": "llama",
+        "hidden_act": "relu",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+        "vocab_size": 32000,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+}
+
+
+def shape(name: str) -> dict[str, Any]:
+    """The config.json of a named shape. Raises: ConfigError naming those that exist."""
+    if name not in SHAPES:
+        raise ConfigError(f"shape {name!r} does not exist; choose one of: {', '.join(SHAPES)}")
+    return SHAPES[name]
+
+
+def parse(config: dict[str, Any]) -> ModelConfig:
+    """The decoder's configuration of a config.json. Raises: CheckpointError as the family does."""
+    return family(config.get("model_type")).parse(config)
+
+
+def fill_noise(tensors: Iterable[tuple[Tensor, float]], seed: int) -> None:
+    """Fill tensors (mutated) with normal noise of the given standard deviations, at the speed of memory.
+
+    One block of noise is repeated over all of them, each beginning where the one before ended.
+    """
+    noise, at = torch.randn(_NOISE, generator=torch.Generator().manual_seed(seed)), 0
+    blocks: dict[tuple[torch.dtype, float], Tensor] = {}
+    for tensor, std in tensors:
+        key = (tensor.dtype, std)
+        if key not in blocks:
+            blocks[key] = (noise * std).to(tensor.dtype)
+        flat, done = tensor.view(-1), 0
+        while done < flat.numel():
+            count = min(_NOISE - at, flat.numel() - done)
+            flat[done : done + count] = blocks[key][at : at + count]
+            done, at = done + count, (at + count) % _NOISE
+
+
+def random_weights(
+    config: ModelConfig, dtype: torch.dtype, ops: ModuleType, seed: int = 0, mlp_density: float = 0.5
+) -> Weights:
+    """Random weights in kernel layout, scaled so that every activation stays near unit size.
+
+    Args:
+        ops: the kernel backend, whose `empty` allocates.
+        mlp_density: about this share of a ReLU MLP's neurons is active for any token. Normalised inputs make
+            normal pre-activations, so a bias of the right size does it.
+    Raises: ConfigError for a density outside (0, 1), or other than 0.5 where the MLP has no bias.
+    """
+    if not 0 < mlp_density < 1:
+        raise ConfigError(f"mlp_density must be between 0 and 1, found {mlp_density}")
+    if mlp_density != 0.5 and not config.mlp_bias:
+        raise ConfigError(f"mlp_density {mlp_density} needs an MLP with a bias; this shape has none: use 0.5")
+    with torch.no_grad():
+        weights = allocate(config, dtype, ops.empty)
+        fill_noise(_matrices(config, weights), seed)
+        for layer in weights.layers:
+            for tensor in (layer.attn.qkv_bias, layer.attn.out_bias, layer.mlp.in_bias, layer.mlp.out_bias):
+                if tensor is not None:
+                    tensor.zero_()
+            if layer.mlp.in_bias is not None:
+                layer.mlp.in_bias.fill_(NormalDist().inv_cdf(mlp_density))
+        for norm in (weights.final_norm, *(n for layer in weights.layers for n in (layer.attn_norm, layer.mlp_norm))):
+            if norm.weight is not None:
+                norm.weight.fill_(1)
+            if norm.bias is not None:
+                norm.bias.zero_()
+    return weights
+
+
+def _matrices(config: ModelConfig, weights: Weights) -> Iterable[tuple[Tensor, float]]:
+    """Every matrix with a standard deviation that keeps its outputs near unit size."""
+    unit = config.hidden_size**-0.5
+    yield weights.embed, config.embed_size**-0.5
+    if weights.head is not weights.embed:
+        yield weights.head, config.embed_size**-0.5
+    for tensor in (weights.position_table, weights.project_in, weights.project_out):
+        if tensor is not None:
+            yield tensor, unit
+    for layer in weights.layers:
+        yield layer.attn.blocks, unit
+        yield layer.mlp.rows, unit

@@ -1,0 +1,141 @@
+"""The MLP over the selected neurons: activations in one launch, sums of fc2 rows in another (sum_rows.py).
+
+Two launches, not one, because the halves want different grids: the first shares out neurons, each over all of C; the
+second shares out columns and neurons, or its partial sums would outweigh a sparse layer's weights.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dejavu.kernels.reference import Selection
+from dejavu.kernels.triton import tuning
+from dejavu.kernels.triton.sum_rows import sum_rows
+from dejavu.kernels.triton.tiles import padded_batch, project, selection_args
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr, THRESHOLD: tl.constexpr):
+    if ACTIVATION == "relu":
+        return tl.maximum(x, 0.0)
+    elif ACTIVATION == "fatrelu":
+        return tl.where(x > THRESHOLD, x, 0.0)
+    elif ACTIVATION == "silu":
+        return x * tl.sigmoid(x)
+    elif ACTIVATION == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:
+        tl.static_assert(ACTIVATION == "gelu_tanh")
+        # (1 + tanh(u)) / 2 = sigmoid(2u)
+        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
+@triton.jit
+def _mlp_in(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    idx_ptr,
+    count_ptr,
+    rows_read_ptr,
+    h_ptr,
+    CAPACITY,
+    N,
+    B: tl.constexpr,
+    C: tl.constexpr,
+    PARTS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    ACTIVATE_UP: tl.constexpr,
+    EXACT: tl.constexpr,
+    BP: tl.constexpr,
+    BN: tl.constexpr,
+    BC: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    b = tl.arange(0, BP)
+    total = CAPACITY
+    if count_ptr is not None:
+        total = tl.minimum(tl.load(count_ptr), CAPACITY)
+    for tile in range(tl.program_id(0), tl.cdiv(total, BN), tl.num_programs(0)):
+        slot = tile * BN + tl.arange(0, BN)
+        live = slot < total
+        if idx_ptr is None:
+            neuron = slot
+        else:
+            neuron = tl.load(idx_ptr + slot, mask=live, other=0)
+        rows = neuron.to(tl.int64) * (PARTS * C)
+        h = project(x_ptr + b * C, b < B, w_ptr, rows, live, C, BP, BN, BC, SPLIT, STAGES)
+        if bias_ptr is not None:
+            h += tl.load(bias_ptr + neuron * (PARTS - 1), mask=live, other=0.0)[None, :]
+        mask = (b < B)[:, None] & live[None, :]
+        h = tl.where(mask, _activate(h, ACTIVATION, THRESHOLD), 0.0)
+        if rows_read_ptr is not None:
+            tl.atomic_add(rows_read_ptr, tl.sum(live.to(tl.int64), axis=0))
+        if PARTS == 3:
+            if EXACT:
+                live = live & (tl.max((h != 0).to(tl.int32), axis=0) > 0)
+            opened = tl.sum(live.to(tl.int64), axis=0)
+            if opened > 0:
+                up = project(x_ptr + b * C, b < B, w_ptr, rows + C, live, C, BP, BN, BC, SPLIT, STAGES)
+                if bias_ptr is not None:
+                    up += tl.load(bias_ptr + neuron * 2 + 1, mask=live, other=0.0)[None, :]
+                if ACTIVATE_UP:
+                    up = _activate(up, ACTIVATION, THRESHOLD)
+                h *= up
+            if rows_read_ptr is not None:
+                tl.atomic_add(rows_read_ptr + 1, opened)
+        tl.store(h_ptr + b[:, None] * N + neuron[None, :], h, mask=mask)
+
+
+def mlp(
+    x: Tensor,
+    rows: Tensor,
+    bias: Tensor | None,
+    neurons: Selection = None,
+    *,
+    activation: str,
+    threshold: float = 0.0,
+    activate_up: bool = False,
+    exact: bool = False,
+    rows_read: Tensor | None = None,
+) -> Tensor:
+    """See reference.mlp."""
+    (B, C), (N, parts, _) = x.shape, rows.shape
+    tiles = tuning.pick("mlp_in", B)
+    idx, count, capacity = selection_args(neurons, N)
+    h = torch.empty(B, N, dtype=torch.float32, device=x.device)
+    _mlp_in[(max(1, min(triton.cdiv(capacity, tiles["BN"]), tuning.PROGRAMS)),)](
+        x,
+        rows,
+        bias,
+        idx,
+        count,
+        rows_read,
+        h,
+        capacity,
+        N,
+        B=B,
+        C=C,
+        PARTS=parts,
+        ACTIVATION=activation,
+        THRESHOLD=threshold,
+        ACTIVATE_UP=activate_up,
+        EXACT=exact,
+        BP=padded_batch(B),
+        **tiles,
+    )
+    return sum_rows(
+        "mlp_out",
+        h,
+        rows,
+        neurons,
+        group_rows=parts,
+        first=parts - 1,
+        exact=exact,
+        rows_read=None if rows_read is None else rows_read[parts - 1 :],
+    )

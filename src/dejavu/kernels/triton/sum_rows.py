@@ -1,0 +1,187 @@
+"""Weighted sums of weight rows as partial sums: the output projection of attention and the last rows of an MLP.
+
+A program owns a block of columns and one of S equal slices of the rows, so that few rows still keep many programs
+busy. With `exact` it first lists the rows of its slice whose coefficients are not all zero, in order, and reads those.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dejavu.kernels.reference import Selection
+from dejavu.kernels.triton import tuning
+from dejavu.kernels.triton.tiles import load_rows, matmul, padded_batch, selection_args
+
+# Coefficients looked at together while listing.
+_LISTED = 256
+
+
+@triton.jit
+def _row_ids(idx_ptr, slot, live, UNIT: tl.constexpr):
+    """Ids of the rows at places `slot` of the selection: UNIT rows a selected unit."""
+    if idx_ptr is None:
+        return slot
+    else:
+        return tl.load(idx_ptr + slot // UNIT, mask=live, other=0) * UNIT + slot % UNIT
+
+
+@triton.jit
+def _list_rows(
+    coef_ptr,
+    idx_ptr,
+    list_ptr,
+    first,
+    end,
+    N,
+    B: tl.constexpr,
+    BP: tl.constexpr,
+    UNIT: tl.constexpr,
+    LISTED: tl.constexpr,
+):
+    """Write the ids of rows first .. end with a coefficient that is not zero to list_ptr; returns how many."""
+    b = tl.arange(0, BP)
+    n = 0
+    for at in range(first, end, LISTED):
+        slot = at + tl.arange(0, LISTED)
+        ids = _row_ids(idx_ptr, slot, slot < end, UNIT)
+        mask = (b < B)[:, None] & (slot < end)[None, :]
+        coef = tl.load(coef_ptr + b[:, None] * N + ids[None, :], mask=mask, other=0.0)
+        keep = tl.max((coef != 0).to(tl.int32), axis=0)
+        tl.store(list_ptr + n + tl.cumsum(keep, axis=0) - 1, ids, mask=keep > 0)
+        n += tl.sum(keep, axis=0)
+    tl.debug_barrier()
+    return n
+
+
+@triton.jit
+def _sum_rows(
+    coef_ptr,
+    w_ptr,
+    idx_ptr,
+    count_ptr,
+    list_ptr,
+    rows_read_ptr,
+    out_ptr,
+    N,
+    CAPACITY,
+    B: tl.constexpr,
+    C: tl.constexpr,
+    UNIT: tl.constexpr,
+    R: tl.constexpr,
+    GROUP: tl.constexpr,
+    FIRST: tl.constexpr,
+    BP: tl.constexpr,
+    LISTED: tl.constexpr,
+    BN: tl.constexpr,
+    BC: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    block = tl.program_id(0)
+    cols = block * BC + tl.arange(0, BC)
+    total = CAPACITY
+    if count_ptr is not None:
+        total = tl.minimum(tl.load(count_ptr) * UNIT, CAPACITY)
+    share = tl.cdiv(total, tl.num_programs(1))
+    first = tl.minimum(tl.program_id(1) * share, total)
+    end = tl.minimum(first + share, total)
+    n = end - first
+    if list_ptr is not None:
+        list_ptr += block * CAPACITY + first
+        n = _list_rows(coef_ptr, idx_ptr, list_ptr, first, end, N, B, BP, UNIT, LISTED)
+    if rows_read_ptr is not None:
+        if block == 0:
+            tl.atomic_add(rows_read_ptr, n.to(tl.int64))
+
+    b = tl.arange(0, BP)
+    if BP == 1:
+        acc = tl.zeros((BN, BC), tl.float32)
+    else:
+        acc = tl.zeros((BP, BC), tl.float32)
+    for t in tl.range(0, n, BN, num_stages=STAGES):
+        at = t + tl.arange(0, BN)
+        live = at < n
+        if list_ptr is None:
+            ids = _row_ids(idx_ptr, first + at, live, UNIT)
+        else:
+            ids = tl.load(list_ptr + at, mask=live, other=0)
+        unit = ids // UNIT
+        rows = (unit // R * GROUP + (FIRST + unit % R) * UNIT + ids % UNIT).to(tl.int64) * C
+        w = load_rows(w_ptr + rows[:, None] + cols[None, :], live[:, None] & (cols < C)[None, :])
+        if BP == 1:
+            coef = tl.load(coef_ptr + ids, mask=live, other=0.0)
+            acc = tl.fma(coef[:, None], w.to(tl.float32), acc)
+        else:
+            mask = (b < B)[:, None] & live[None, :]
+            acc = matmul(tl.load(coef_ptr + b[:, None] * N + ids[None, :], mask=mask, other=0.0), w, acc)
+    if BP == 1:
+        acc = tl.sum(acc, axis=0)[None, :]
+    out = (tl.program_id(1) * B + b)[:, None] * C + cols[None, :]
+    tl.store(out_ptr + out, acc, mask=(b < B)[:, None] & (cols < C)[None, :])
+
+
+def sum_rows(
+    op: str,
+    coef: Tensor,
+    weights: Tensor,
+    selection: Selection,
+    *,
+    unit: int = 1,
+    units_per_group: int = 1,
+    group_rows: int,
+    first: int,
+    exact: bool = False,
+    rows_read: Tensor | None = None,
+) -> Tensor:
+    """`sum_i coef[b, i] * row_i` over the rows of the selected units.
+
+    Row `i` is row `i % unit` of unit `i // unit`; unit `u` begins at weight row
+    `u // units_per_group * group_rows + (first + u % units_per_group) * unit`.
+
+    Args:
+        op: the entry of the tuning table.
+        coef: (B, N) float32; not read where not selected.
+        weights: rows of C, contiguous.
+        selection: over the N / unit units.
+        exact: never read a row whose coefficients are all zero.
+        rows_read: (1,) int64, mutated: the rows read are added.
+    Returns: partials (S, B, C) float32.
+    """
+    (B, N), C = coef.shape, weights.shape[-1]
+    tiles = tuning.pick(op, B)
+    blocks = triton.cdiv(C, tiles["BC"])
+    slices = max(1, tiles.pop("SPLITS") // blocks)
+    idx, count, capacity = selection_args(selection, N // unit)
+    out = coef.new_empty(slices, B, C)
+    _sum_rows[(blocks, slices)](
+        coef,
+        weights,
+        idx,
+        count,
+        torch.empty(blocks, capacity * unit, dtype=torch.int32, device=coef.device) if exact else None,
+        rows_read,
+        out,
+        N,
+        capacity * unit,
+        B=B,
+        C=C,
+        UNIT=unit,
+        R=units_per_group,
+        GROUP=group_rows,
+        FIRST=first,
+        BP=padded_batch(B),
+        LISTED=_LISTED,
+        **tiles,
+    )
+    return out
+
+
+def attn_out(o: Tensor, blocks: Tensor, heads: Selection = None) -> Tensor:
+    """See reference.attn_out."""
+    G, parts, D, _ = blocks.shape
+    r = (parts - 2) // 2
+    return sum_rows(
+        "attn_out", o.flatten(1), blocks, heads, unit=D, units_per_group=r, group_rows=parts * D, first=r + 2
+    )
