@@ -39,7 +39,8 @@ const Kernels* find_kernels(const std::string& isa) {
   return nullptr;
 }
 
-std::unique_ptr<Pool> pool = std::make_unique<Pool>(1);
+// Shared: a replay that has begun keeps its threads when another thread changes their number.
+std::shared_ptr<Pool> pool = std::make_shared<Pool>(1);
 const Kernels* kernels = find_kernels("");
 
 bool contiguous(const Array& a) {
@@ -107,8 +108,9 @@ class Tape {
   Tape& operator=(const Tape&) = delete;
 
   void replay() {
+    const std::shared_ptr<Pool> threads = pool;
     nb::gil_scoped_release release;
-    pool->run(order_.data(), order_.size());
+    threads->run(order_.data(), order_.size());
   }
 
   size_t size() const { return order_.size(); }
@@ -286,6 +288,7 @@ nb::ndarray<nb::numpy, uint8_t> allocate_array(size_t bytes) {
 
 // Best of `repeats` passes over `bytes` of memory with all threads, in bytes per second.
 double read_bandwidth(size_t bytes, int repeats) {
+  const std::shared_ptr<Pool> threads = pool;
   nb::gil_scoped_release release_gil;
   constexpr int64_t kUnit = 1 << 20;
   bytes = std::max<size_t>(bytes / kUnit, 1) * kUnit;
@@ -299,7 +302,7 @@ double read_bandwidth(size_t bytes, int repeats) {
   double best = 0;
   for (int i = 0; i < repeats; ++i) {
     const auto start = std::chrono::steady_clock::now();
-    pool->run(order, 1);
+    threads->run(order, 1);
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     best = std::max(best, static_cast<double>(bytes) / seconds.count());
   }
@@ -316,7 +319,7 @@ NB_MODULE(_native, m) {
   m.def("read_bandwidth", &read_bandwidth, "num_bytes"_a, "repeats"_a,
         "Best read bandwidth of `repeats` passes over `num_bytes` with all threads, in bytes per second.");
   m.def(
-      "set_threads", [](int n) { pool = std::make_unique<Pool>(n); }, "n"_a);
+      "set_threads", [](int n) { pool = std::make_shared<Pool>(n); }, "n"_a);
   m.def("num_threads", [] { return pool->size(); });
   m.def("isa", [] { return kernels->name; });
   m.def("isas", [] {
