@@ -12,10 +12,11 @@ OUT/kernels_gpu.jsonl, prints a table last, takes three minutes at most.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from torch.nn.functional import linear
 from dejavu.bench import record, shapes
 from dejavu.bench.bandwidth import read_bandwidth
 from dejavu.bench.timing import percentiles_ms
-from dejavu.errors import ConfigError
+from dejavu.errors import ConfigError, DejavuError
 from dejavu.kernels import backend
 from dejavu.kernels.triton import tuning
 
@@ -36,15 +37,16 @@ MLP_DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 HEAD_DENSITIES = (0.1, 0.25, 0.42, 0.6, 1.0)
 CONTEXTS = (128, 512, 1024, 2048)
 # Calls in a graph, over this many copies of the weights, so that a call finds nothing of its rows in the cache.
-CALLS, COPIES = 24, 3
+CALLS, COPIES = 24, 6
 REPLAYS = 15
 DTYPE = torch.bfloat16
 
+Named = tuple[str, Callable[[], "Row"]]
+
 
 class Row(NamedTuple):
-    """One measurement: `calls` are alike but for the data they read, `check` compares the first with PyTorch."""
+    """One measurement: `calls` read `bytes` each, of different data; `check` is the error of one against PyTorch."""
 
-    op: str
     density: float
     bytes: float
     calls: list[Callable[[], Any]]
@@ -62,7 +64,7 @@ def gap(actual: Tensor, expected: Tensor) -> float:
     return ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
-def mlp_rows(ops, C: int, inter: int) -> Iterator[Callable[[], Row]]:
+def mlp_rows(ops, C: int, inter: int) -> Iterator[Named]:
     """The MLP: dense, exact, selected; PyTorch's dense, and its index-then-matmul."""
     layers = [torch.randn(inter, 2, C, dtype=DTYPE, device="cuda") / C**0.5 for _ in range(COPIES)]
     x, low = (t := torch.randn(1, C, device="cuda")), t.to(DTYPE)
@@ -79,19 +81,19 @@ def mlp_rows(ops, C: int, inter: int) -> Iterator[Callable[[], Row]]:
         first = layers[0] if chosen[0] is None else layers[0][chosen[0][0].long()]
         calls = [call(layers[i % COPIES], s) for i, s in enumerate(chosen)]
         bytes_read = 2 * row_bytes * (inter if chosen[0] is None else chosen[0][0].numel())
-        return Row("mlp", density, bytes_read, calls, lambda: gap(calls[0]().sum(0), expected(first)))
+        return Row(density, bytes_read, calls, lambda: gap(calls[0]().sum(0), expected(first)))
 
     def exact(density: float) -> Row:
         bias = torch.full((inter,), -1e4, device="cuda")
         bias[pick(inter, density)[0].long()] = 1e4
         calls = [call(layers[i % COPIES], None, bias, True) for i in range(CALLS)]
         full = call(layers[0], None, bias)
-        return Row("mlp exact", density, (1 + density) * inter * row_bytes, calls, lambda: gap(calls[0](), full()))
+        return Row(density, (1 + density) * inter * row_bytes, calls, lambda: gap(calls[0]().sum(0), full().sum(0)))
 
     def torch_dense() -> Row:
         pairs = [(rows[:, 0].contiguous(), rows[:, 1].T.contiguous()) for rows in layers]
         calls = [lambda p=pairs[i % COPIES]: linear(torch.relu(linear(low, p[0])), p[1]) for i in range(CALLS)]
-        return Row("torch mlp", 1.0, 2 * inter * row_bytes, calls)
+        return Row(1.0, 2 * inter * row_bytes, calls)
 
     def torch_index(density: float) -> Row:
         def gathered(rows: Tensor, idx: Tensor) -> Tensor:
@@ -99,18 +101,15 @@ def mlp_rows(ops, C: int, inter: int) -> Iterator[Callable[[], Row]]:
 
         chosen = [pick(inter, density)[0].long() for _ in range(CALLS)]
         calls = [lambda r=layers[i % COPIES], c=c: gathered(r, c) for i, c in enumerate(chosen)]
-        return Row("torch mlp index", density, 2 * row_bytes * chosen[0].numel(), calls)
+        return Row(density, 2 * row_bytes * chosen[0].numel(), calls)
 
-    yield torch_dense
-    for density in MLP_DENSITIES:
-        yield lambda d=density: ours(d)
-    for density in (0.03, 0.1):
-        yield lambda d=density: exact(d)
-    for density in (0.05, 0.1, 0.3):
-        yield lambda d=density: torch_index(d)
+    yield "torch mlp", torch_dense
+    yield from (("mlp", partial(ours, density)) for density in MLP_DENSITIES)
+    yield from (("mlp exact", partial(exact, density)) for density in (0.03, 0.1))
+    yield from (("torch mlp index", partial(torch_index, density)) for density in (0.05, 0.1, 0.3))
 
 
-def attention_rows(ops, C: int, H: int, D: int) -> Iterator[Callable[[], Row]]:
+def attention_rows(ops, C: int, H: int, D: int) -> Iterator[Named]:
     """Projections and attention over the selected heads."""
     S, P = 2048, 32
     layers = [torch.randn(H, 4, D, C, dtype=DTYPE, device="cuda") / C**0.5 for _ in range(COPIES)]
@@ -133,7 +132,7 @@ def attention_rows(ops, C: int, H: int, D: int) -> Iterator[Callable[[], Row]]:
         def call(i: int):
             lazy = {"hidden": hidden, "kv_len": kv_len} if pending else {}
             if pending:
-                kv_len.fill_(S - pending)
+                kv_len.fill_(S - pending)  # a launch of its own, inside the time
             return ops.attn_qkv(x, layers[i % COPIES], None, None, position, *caches[i % COPIES], chosen[i], **lazy)
 
         def check() -> float:
@@ -141,8 +140,7 @@ def attention_rows(ops, C: int, H: int, D: int) -> Iterator[Callable[[], Row]]:
             return gap(call(0)[0, heads], torch.einsum("c,hdc->hd", x[0], layers[0][heads, 0].float()))
 
         parts = count(chosen[0]) + 2 * (count(chosen[0]) if pending else H)
-        name = f"qkv, {pending} pending" if pending else "qkv"
-        return Row(name, density, parts * part_bytes, [lambda i=i: call(i) for i in range(CALLS)], check)
+        return Row(density, parts * part_bytes, [lambda i=i: call(i) for i in range(CALLS)], check)
 
     def out(density: float) -> Row:
         chosen, o = choose(density), torch.randn(1, H, D, device="cuda")
@@ -153,7 +151,7 @@ def attention_rows(ops, C: int, H: int, D: int) -> Iterator[Callable[[], Row]]:
             rows = layers[0][heads, 3].flatten(0, 1).float()
             return gap(calls[0]().sum(0), o[:, heads].flatten(1) @ rows)
 
-        return Row("attn_out", density, count(chosen[0]) * part_bytes, calls, check)
+        return Row(density, count(chosen[0]) * part_bytes, calls, check)
 
     def attend(context: int) -> Row:
         q, chosen = torch.randn(1, H, D, device="cuda"), choose(0.42)
@@ -166,19 +164,16 @@ def attention_rows(ops, C: int, H: int, D: int) -> Iterator[Callable[[], Row]]:
             weights = torch.softmax(torch.einsum("hd,hsd->hs", q[0, heads], k) * 0.1, -1)
             return gap(calls[0]()[0, heads], torch.einsum("hs,hsd->hd", weights, v))
 
-        return Row(f"attend {context}", 0.42, 2 * count(chosen[0]) * context * D * DTYPE.itemsize, calls, check)
+        return Row(0.42, 2 * count(chosen[0]) * context * D * DTYPE.itemsize, calls, check)
 
-    for density in HEAD_DENSITIES:
-        yield lambda d=density: qkv(d, 1)
-    yield lambda: qkv(0.42, 3)
-    yield lambda: qkv(0.42, 0)
-    for density in HEAD_DENSITIES:
-        yield lambda d=density: out(d)
-    for context in CONTEXTS:
-        yield lambda c=context: attend(c)
+    yield from (("qkv, 1 pending", partial(qkv, density, 1)) for density in HEAD_DENSITIES)
+    yield "qkv, 3 pending", partial(qkv, 0.42, 3)
+    yield from (("qkv, full kv", partial(qkv, density, 0)) for density in (0.42, 1.0))
+    yield from (("attn_out", partial(out, density)) for density in HEAD_DENSITIES)
+    yield from ((f"attend {context}", partial(attend, context)) for context in CONTEXTS)
 
 
-def other_rows(ops, C: int, H: int, inter: int, vocab: int) -> Iterator[Callable[[], Row]]:
+def other_rows(ops, C: int, H: int, inter: int, vocab: int) -> Iterator[Named]:
     """Norm, LM head and selection."""
     x, low = (t := torch.randn(1, C, device="cuda")), t.to(DTYPE)
     head = torch.randn(vocab, C, dtype=DTYPE, device="cuda") / C**0.5
@@ -186,31 +181,33 @@ def other_rows(ops, C: int, H: int, inter: int, vocab: int) -> Iterator[Callable
     ones = torch.ones(C, device="cuda")
 
     def norm() -> Row:
+        stream = x.clone()
+
         def call() -> Tensor:
-            return ops.add_norm(x.clone(), partials, ones, ones, ones, kind="layer", eps=1e-5)
+            return ops.add_norm(stream, partials, ones, ones, ones, kind="layer", eps=1e-5)
 
         y = torch.nn.functional.layer_norm(x + partials.sum(0) + 1, (C,), ones, ones)
-        return Row("add_norm", 1.0, partials.nbytes, [call] * CALLS, lambda: gap(call(), y))
+        return Row(1.0, partials.nbytes, [call] * CALLS, lambda: gap(call(), y))
 
     def lm_head() -> Row:
         def check() -> float:
             return gap(ops.linear(x, head), x @ head.float().T)
 
-        return Row("linear", 1.0, head.nbytes, [lambda: ops.linear(x, head)] * CALLS, check)
+        return Row(1.0, head.nbytes, [lambda: ops.linear(x, head)] * CALLS, check)
 
     def torch_head() -> Row:
-        return Row("torch linear", 1.0, head.nbytes, [lambda: linear(low, head)] * CALLS)
+        return Row(1.0, head.nbytes, [lambda: linear(low, head)] * CALLS)
 
-    def selection(name: str, n: int, call: Callable[[Tensor], Any]) -> Row:
+    def selection(n: int, call: Callable[[Tensor], Any]) -> Row:
         scores = torch.randn(1, n, device="cuda")
-        return Row(name, 0.1, scores.nbytes, [lambda: call(scores)] * CALLS)
+        return Row(0.1, scores.nbytes, [lambda: call(scores)] * CALLS)
 
-    yield norm
-    yield lm_head
-    yield torch_head
-    yield lambda: selection("threshold", inter, lambda s: ops.select_threshold(s, 1.28, inter // 4))
-    yield lambda: selection("top-k", inter, lambda s: ops.select_topk(s, inter // 10))
-    yield lambda: selection("top-k heads", H, lambda s: ops.select_topk(s, round(0.42 * H)))
+    yield "add_norm", norm
+    yield "linear", lm_head
+    yield "torch linear", torch_head
+    yield "threshold", partial(selection, inter, lambda s: ops.select_threshold(s, 1.28, inter // 4))
+    yield "top-k", partial(selection, inter, lambda s: ops.select_topk(s, inter // 10))
+    yield "top-k heads", partial(selection, H, lambda s: ops.select_topk(s, round(0.42 * H)))
 
 
 def measure(row: Row) -> list[float]:
@@ -228,7 +225,7 @@ def measure(row: Row) -> list[float]:
         graph.replay()
     torch.cuda.synchronize()
     # The first replays warm up; an event stands before every replay.
-    return [a.elapsed_time(b) / 1e3 / len(row.calls) for a, b in zip(events[2:], events[3:], strict=False)]
+    return [a.elapsed_time(b) / 1e3 / len(row.calls) for a, b in pairwise(events[2:])]
 
 
 def run(make: Callable[[], Row], peak: float) -> dict[str, Any]:
@@ -237,10 +234,10 @@ def run(make: Callable[[], Row], peak: float) -> dict[str, Any]:
         row = make()
         error = row.check() if row.check is not None else None
         if error is not None and not error < 1e-3:
-            raise AssertionError(f"{row.op} at density {row.density}: relative error {error}")
+            raise AssertionError(f"relative error {error}")
         times = percentiles_ms(measure(row))
         rate = row.bytes / (times["p50_ms"] / 1e3)
-        result = {"op": row.op, "density": row.density, "bytes": row.bytes, "relative_error": error, **times}
+        result = {"density": row.density, "bytes": row.bytes, "relative_error": error, **times}
         return result | {"gb_per_s": rate / 1e9, "share_of_read_bandwidth": rate / peak}
     except Exception as error:
         traceback.print_exc()
@@ -262,15 +259,16 @@ def set_tiles(text: str) -> None:
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
-    print(f"{'shape':10}{'op':18}{'density':>8}{'us':>9}{'GB/s':>8}{'of read':>9}")
+    dense = {(r["shape"], r["op"]): r["p50_ms"] for r in results if r.get("density") == 1}
+    print(f"{'shape':10}{'op':17}{'density':>7}{'us':>9}{'GB/s':>7}{'of read':>8}{'dense/this':>11}")
     for r in results:
+        print(f"{r['shape']:10}{r['op']:17}", end="")
         if "error" in r:
-            print(f"{r['shape']:10}failed: {r['error'].splitlines()[0][:100]}")
-        else:
-            print(
-                f"{r['shape']:10}{r['op']:18}{r['density']:8.2f}{r['p50_ms'] * 1e3:9.1f}{r['gb_per_s']:8.0f}"
-                f"{r['share_of_read_bandwidth']:9.0%}"
-            )
+            print(f"failed: {r['error'].splitlines()[0][:80]}")
+            continue
+        print(f"{r['density']:7.2f}{r['p50_ms'] * 1e3:9.1f}{r['gb_per_s']:7.0f}", end="")
+        ratio = dense.get((r["shape"], r["op"]))
+        print(f"{r['share_of_read_bandwidth']:8.0%}" + (f"{ratio / r['p50_ms']:11.2f}" if ratio else ""))
 
 
 def main() -> int:
@@ -278,26 +276,34 @@ def main() -> int:
     parser.add_argument("out", type=Path, help="folder for the records")
     parser.add_argument("--shape", action="append", help=f"default: {', '.join(SHAPES)}")
     parser.add_argument("--only", default="", help="only ops whose name contains this")
-    parser.add_argument("--tiles", action="append", default=[], type=set_tiles, help="OP:NAME=VALUE,... at batch 1")
+    parser.add_argument("--tiles", action="append", default=[], help="OP:NAME=VALUE,... at batch 1")
     parser.add_argument("--limit-s", type=float, default=170, help="start nothing new after so many seconds")
     args = parser.parse_args()
-    ops, began = backend("triton"), monotonic()
+    began = monotonic()
+    try:
+        ops = backend("triton")
+        for text in args.tiles:
+            set_tiles(text)
+        configs = {name: shapes.parse(shapes.shape(name)) for name in args.shape or SHAPES}
+    except DejavuError as error:
+        parser.error(str(error))
     torch.manual_seed(0)
     peak = read_bandwidth(ops, 4 << 30, 5)
     print(f"{torch.cuda.get_device_name()}: reads {peak / 1e9:.0f} GB/s")
     results, skipped = [], 0
-    for name in args.shape or SHAPES:
-        c = shapes.parse(shapes.shape(name))
+    for name, c in configs.items():
         for rows in (
             mlp_rows(ops, c.hidden_size, c.intermediate_size),
             attention_rows(ops, c.hidden_size, c.num_attention_heads, c.head_dim),
             other_rows(ops, c.hidden_size, c.num_attention_heads, c.intermediate_size, c.vocab_size),
         ):
-            for make in rows:
+            for op, make in rows:
+                if args.only not in op:
+                    continue
                 if monotonic() - began > args.limit_s:
                     skipped += 1
                     continue
-                result = {"shape": name, **run(make, peak)}
+                result = {"shape": name, "op": op, **run(make, peak)}
                 results.append(result)
                 record.append(args.out / "kernels_gpu.jsonl", dtype=str(DTYPE), read_bandwidth=peak, **result)
             torch.cuda.empty_cache()

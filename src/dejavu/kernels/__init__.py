@@ -8,12 +8,13 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from types import ModuleType
 
-from dejavu.errors import ConfigError
+from dejavu.errors import ConfigError, KernelUnavailable
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "triton", "reference")
 
 
 def backend(name: str = "auto", device: str = "cpu") -> ModuleType:
@@ -21,11 +22,27 @@ def backend(name: str = "auto", device: str = "cpu") -> ModuleType:
 
     Args:
         name: one of BACKENDS, or "auto": the fastest for the device.
-        device: "cpu".
+        device: "cpu" or "cuda".
     Raises: ConfigError for an unknown name; KernelUnavailable where an explicit choice cannot run here.
     """
     if name == "auto":
-        name = "cpu"
+        name = "triton" if device.startswith("cuda") else "cpu"
     if name not in BACKENDS:
         raise ConfigError(f"backend {name!r} does not exist; choose one of: auto, {', '.join(BACKENDS)}")
+    if name == "triton":
+        _require_gpu()
     return import_module(f"dejavu.kernels.{name}")
+
+
+def _require_gpu() -> None:
+    import torch
+
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return
+    if not torch.cuda.is_available():
+        raise KernelUnavailable("backend 'triton' needs an NVIDIA GPU, and PyTorch finds none; choose backend 'cpu'")
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        raise KernelUnavailable(
+            f"backend 'triton' needs a GPU of compute capability 8.0 or higher, found {capability[0]}.{capability[1]}"
+        )

@@ -20,8 +20,6 @@ A selection is a pair `(idx, count)`: `idx` int32 of fixed capacity, sorted and 
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

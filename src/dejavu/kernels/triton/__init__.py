@@ -8,6 +8,7 @@ selections alone, in float32, without atomics on floats: a run equals the next, 
 from dejavu.kernels.triton.add_norm import add_norm
 from dejavu.kernels.triton.attend import attend
 from dejavu.kernels.triton.attn_qkv import attn_qkv
+from dejavu.kernels.triton.bandwidth import read_bandwidth
 from dejavu.kernels.triton.embed import add_positions, embed
 from dejavu.kernels.triton.graph import capture, empty
 from dejavu.kernels.triton.linear import linear
@@ -26,6 +27,7 @@ __all__ = [
     "empty",
     "linear",
     "mlp",
+    "read_bandwidth",
     "select_threshold",
     "select_topk",
 ]

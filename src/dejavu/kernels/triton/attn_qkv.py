@@ -145,17 +145,14 @@ def _attn_qkv(
         active = item >= 0
     rows = ((group * (2 * R + 2) + part) * D + d).to(tl.int64) * C
 
-    if hidden_ptr is not None:
-        pending_kv = part >= R
-    else:
-        pending_kv = part < 0
+    pending_kv = part >= R if hidden_ptr is not None else part < 0
     if active and not pending_kv:
         acc = project(x_ptr + b * C, b < B, w_ptr, rows, row_mask, C, BP, BN, BC, SPLIT, STAGES)
         _finish(
             acc, b, positions, b < B, group, part, tile, d, row_mask,
             bias_ptr, cos_sin_ptr, q_ptr, k_ptr, v_ptr, S, G, R, D, BP, BN,
         )  # fmt: skip
-    if hidden_ptr is not None:
+    if hidden_ptr is not None:  # noqa: SIM102 - settled while compiling, as an `and` would not be
         if pending_kv:
             known = tl.load(kv_len_ptr + b * G + group, mask=b < B, other=0)
             pending = positions + 1 - known
@@ -183,7 +180,7 @@ def _attn_qkv(
                     bias_ptr, cos_sin_ptr, q_ptr, k_ptr, v_ptr, S, G, R, D, SLOTS, BN,
                 )  # fmt: skip
             # All programs of the group must have read kv_len before it changes.
-            if total > 0:
+            if total > 0:  # noqa: SIM102 - an `and` would evaluate both sides
                 if count_in(ticket_ptr + group, 2 * tl.num_programs(0)):
                     tl.store(kv_len_ptr + b * G + group, positions + 1, mask=n > 0)
 

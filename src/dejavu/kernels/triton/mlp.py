@@ -58,28 +58,23 @@ def _mlp_in(
     STAGES: tl.constexpr,
 ):
     b = tl.arange(0, BP)
-    total = CAPACITY
-    if count_ptr is not None:
-        total = tl.minimum(tl.load(count_ptr), CAPACITY)
+    total = tl.minimum(CAPACITY, CAPACITY if count_ptr is None else tl.load(count_ptr))
+    up_rows = tl.zeros((), tl.int64)
     for tile in range(tl.program_id(0), tl.cdiv(total, BN), tl.num_programs(0)):
         slot = tile * BN + tl.arange(0, BN)
         live = slot < total
-        if idx_ptr is None:
-            neuron = slot
-        else:
-            neuron = tl.load(idx_ptr + slot, mask=live, other=0)
+        neuron = slot if idx_ptr is None else tl.load(idx_ptr + slot, mask=live, other=0)
         rows = neuron.to(tl.int64) * (PARTS * C)
         h = project(x_ptr + b * C, b < B, w_ptr, rows, live, C, BP, BN, BC, SPLIT, STAGES)
         if bias_ptr is not None:
             h += tl.load(bias_ptr + neuron * (PARTS - 1), mask=live, other=0.0)[None, :]
         mask = (b < B)[:, None] & live[None, :]
         h = tl.where(mask, _activate(h, ACTIVATION, THRESHOLD), 0.0)
-        if rows_read_ptr is not None:
-            tl.atomic_add(rows_read_ptr, tl.sum(live.to(tl.int64), axis=0))
         if PARTS == 3:
             if EXACT:
                 live = live & (tl.max((h != 0).to(tl.int32), axis=0) > 0)
             opened = tl.sum(live.to(tl.int64), axis=0)
+            up_rows += opened
             if opened > 0:
                 up = project(x_ptr + b * C, b < B, w_ptr, rows + C, live, C, BP, BN, BC, SPLIT, STAGES)
                 if bias_ptr is not None:
@@ -87,9 +82,12 @@ def _mlp_in(
                 if ACTIVATE_UP:
                     up = _activate(up, ACTIVATION, THRESHOLD)
                 h *= up
-            if rows_read_ptr is not None:
-                tl.atomic_add(rows_read_ptr + 1, opened)
         tl.store(h_ptr + b[:, None] * N + neuron[None, :], h, mask=mask)
+    if rows_read_ptr is not None:
+        if tl.program_id(0) == 0:
+            tl.atomic_add(rows_read_ptr, total.to(tl.int64), sem="relaxed")
+        if PARTS == 3:
+            tl.atomic_add(rows_read_ptr + 1, up_rows, sem="relaxed")
 
 
 def mlp(

@@ -1,8 +1,8 @@
 """Selections made on the device: exact, compacted in ascending order, without a sort or a synchronisation.
 
-First, each row of scores is turned into integers of the same order, and those that reach the threshold are counted, block
-by block; where they are too many, the last program of the row to finish finds the cut bit by bit. Of several rows, the
-choices are then united. Last, every block knows from the counts where its units begin, and writes them.
+First, each row of scores is turned into integers of the same order, and those that reach the threshold are counted,
+block by block; where they are too many, the last program of the row to finish finds the cut bit by bit. Of several
+rows, the choices are then united. Last, every block knows from the counts where its units begin, and writes them.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ def _select(scores: Tensor, rows: int, threshold: float, most: int, capacity: in
 
 def select_threshold(scores: Tensor, threshold: float, capacity: int) -> tuple[Tensor, Tensor]:
     """See reference.select_threshold."""
-    return _select(scores, 1, threshold, capacity, capacity)
+    return _select(scores, 1, float(threshold), capacity, capacity)
 
 
 def select_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

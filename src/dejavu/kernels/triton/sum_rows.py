@@ -81,9 +81,7 @@ def _sum_rows(
 ):
     block = tl.program_id(0)
     cols = block * BC + tl.arange(0, BC)
-    total = CAPACITY
-    if count_ptr is not None:
-        total = tl.minimum(tl.load(count_ptr) * UNIT, CAPACITY)
+    total = tl.minimum(CAPACITY, CAPACITY if count_ptr is None else tl.load(count_ptr) * UNIT)
     share = tl.cdiv(total, tl.num_programs(1))
     first = tl.minimum(tl.program_id(1) * share, total)
     end = tl.minimum(first + share, total)
@@ -91,15 +89,12 @@ def _sum_rows(
     if list_ptr is not None:
         list_ptr += block * CAPACITY + first
         n = _list_rows(coef_ptr, idx_ptr, list_ptr, first, end, N, B, BP, UNIT, LISTED)
-    if rows_read_ptr is not None:
+    if rows_read_ptr is not None:  # noqa: SIM102 - settled while compiling, as an `and` would not be
         if block == 0:
-            tl.atomic_add(rows_read_ptr, n.to(tl.int64))
+            tl.atomic_add(rows_read_ptr, n.to(tl.int64), sem="relaxed")
 
     b = tl.arange(0, BP)
-    if BP == 1:
-        acc = tl.zeros((BN, BC), tl.float32)
-    else:
-        acc = tl.zeros((BP, BC), tl.float32)
+    acc = tl.zeros((BN if BP == 1 else BP, BC), tl.float32)
     for t in tl.range(0, n, BN, num_stages=STAGES):
         at = t + tl.arange(0, BN)
         live = at < n
@@ -180,7 +175,7 @@ def sum_rows(
 
 def attn_out(o: Tensor, blocks: Tensor, heads: Selection = None) -> Tensor:
     """See reference.attn_out."""
-    G, parts, D, _ = blocks.shape
+    _, parts, D, _ = blocks.shape
     r = (parts - 2) // 2
     return sum_rows(
         "attn_out", o.flatten(1), blocks, heads, unit=D, units_per_group=r, group_rows=parts * D, first=r + 2
