@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from dejavu.errors import ConfigError
 
 Mode = Literal["dense", "exact", "sparse"]
-Policy = Literal["oracle", "static", "non_contextual", "random", "signs", "nearest"]
+Policy = Literal["oracle", "static", "non_contextual", "random", "nearest"]
 
 # Activations whose output is exactly zero on a half line: only these allow the exact mode.
 ZEROING_ACTIVATIONS = ("relu", "fatrelu")
@@ -69,9 +69,9 @@ class ModelConfig:
 
     def __post_init__(self):
         for name in (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-            "num_key_value_heads head_dim max_position_embeddings"
-        ).split():
+            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+            *("num_key_value_heads", "head_dim", "max_position_embeddings"),
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"config: {name} must be a positive integer, found {value!r}")

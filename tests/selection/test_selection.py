@@ -15,7 +15,7 @@ from dejavu.selection.oracle import Importance
 TEXT = """The river rises in the hills to the north of the town and flows south for about forty miles before it
 reaches the sea. In the nineteenth century several mills were built along its banks, and the water was used to drive
 their wheels. Most of them were closed after the railway came."""
-POLICIES = ("oracle", "static", "non_contextual", "random", "signs", "nearest")
+POLICIES = ("oracle", "static", "non_contextual", "random", "nearest")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def run(model, selector=None, *, mode="sparse", pending=None, rows=1, eager=Fals
 
 
 def select(model, policy, **settings):
-    if policy == "nearest":
+    if policy == "nearest" and settings.get("attn_density", 1) == 1:
         pytest.importorskip("hnswlib")
     decoder = model.decoder
     config = SelectionConfig(policy, **settings)
@@ -102,14 +102,13 @@ def test_context_is_worth_something(model):
     dense = loss(model, run(model, mode="dense")[0])
     at = {p: loss(model, run(model, select(model, p, mlp_density=0.1))[0]) for p in POLICIES if p != "nearest"}
     assert at["oracle"] < dense + 0.2
-    assert at["signs"] < at["static"]
     assert min(at["static"], at["non_contextual"]) > at["oracle"] + 0.3
     assert at["random"] > at["static"]
 
 
-@pytest.mark.parametrize("policy", ["static", "signs"])
+@pytest.mark.parametrize("policy", ["static", "random"])
 def test_graph_equals_eager(model, policy):
-    settings = {"mlp_density": 0.2, "attn_density": 0.5 if policy == "static" else 1.0}
+    settings = {"mlp_density": 0.2, "attn_density": 0.5}
     captured, _ = run(model, select(model, policy, **settings), pending=4)
     eager, _ = run(model, select(model, policy, **settings), pending=4, eager=True)
     assert torch.equal(captured, eager)
@@ -122,11 +121,11 @@ def test_lazy_keys_and_values_equal_full(model, pending):
     assert torch.equal(full, lazy)
 
 
-@pytest.mark.parametrize("policy", ["static", "oracle", "signs"])
+@pytest.mark.parametrize("policy", ["static", "oracle"])
 def test_a_batch_reads_the_union(model, policy):
     """A row of a batch keeps at least its own units: static sets are the same for all, so the row is unchanged."""
     settings = {"mlp_density": 0.1}
-    alone, step_alone = run(model, select(model, policy, **settings))
+    alone, _ = run(model, select(model, policy, **settings))
     together, step = run(model, select(model, policy, **settings), rows=3)
     read = step.rows_read[:, 0] / len(together)
     if policy == "static":
@@ -151,7 +150,7 @@ def test_bad_settings_are_named(model):
     with pytest.raises(ConfigError, match="policy 'best' does not exist"):
         SelectionConfig("best")
     with pytest.raises(ConfigError, match="selects neurons only"):
-        select(model, "signs", attn_density=0.5)
+        select(model, "nearest", attn_density=0.5)
     with pytest.raises(ConfigError, match="use kv full"):
         select(model, "oracle", attn_density=0.5, kv="lazy")
     decoder = model.decoder

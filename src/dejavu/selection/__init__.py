@@ -6,7 +6,6 @@
 - `static`: one fixed set for all tokens, the units that matter most on a calibration text.
 - `non_contextual`: the oracle's choice for the token's embedding alone, without its context.
 - `random`: a new random set for each token.
-- `signs`: neurons by the sign bits of their input rows, 1/16 of those rows' bytes in bf16; heads are all read.
 - `nearest`: neurons by approximate nearest-neighbour search over their input rows; heads are all read.
 """
 
@@ -42,8 +41,8 @@ def make_selector(
     """
     counts = [selection.counts(layer, config) for layer in range(config.num_hidden_layers)]
     sparse_heads = any(heads < config.num_attention_heads for heads, _ in counts)
-    if selection.policy in ("signs", "nearest") and sparse_heads:
-        raise ConfigError(f"policy {selection.policy} selects neurons only: attn_density must be 1")
+    if selection.policy == "nearest" and sparse_heads:
+        raise ConfigError("policy nearest selects neurons only: attn_density must be 1")
     if selection.policy == "oracle" and selection.kv == "lazy" and sparse_heads:
         raise ConfigError(
             "the oracle computes every head before it chooses, so keys and values are not lazy: use kv full"
@@ -63,10 +62,6 @@ def make_selector(
 
         kind = oracle.OracleSelector if selection.policy == "oracle" else oracle.NonContextualSelector
         return kind(counts, config, weights, ops)
-    if selection.policy == "signs":
-        from dejavu.selection.signs import SignSelector
-
-        return SignSelector(counts, config, weights, ops)
     from dejavu.selection.nearest import NearestSelector
 
     return NearestSelector(counts, config, weights, ops)
