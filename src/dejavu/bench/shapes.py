@@ -88,11 +88,11 @@ def fill_noise(tensors: Iterable[tuple[Tensor, float]], seed: int) -> None:
     One block of noise is repeated over all of them, each beginning where the one before ended.
     """
     noise, at = torch.randn(_NOISE, generator=torch.Generator().manual_seed(seed)), 0
-    blocks: dict[tuple[torch.dtype, float], Tensor] = {}
+    blocks: dict[tuple[torch.device, torch.dtype, float], Tensor] = {}
     for tensor, std in tensors:
-        key = (tensor.dtype, std)
+        key = (tensor.device, tensor.dtype, std)
         if key not in blocks:
-            blocks[key] = (noise * std).to(tensor.dtype)
+            blocks[key] = (noise * std).to(tensor.device, tensor.dtype)
         flat, done = tensor.view(-1), 0
         while done < flat.numel():
             count = min(_NOISE - at, flat.numel() - done)

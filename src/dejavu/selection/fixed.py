@@ -13,7 +13,7 @@ from dejavu.kernels.reference import Selection
 
 def fixed_selection(units: Tensor) -> Selection:
     """A selection that holds the given units, in any order."""
-    return units.sort().values.int().contiguous(), torch.tensor([units.numel()], dtype=torch.int32)
+    return units.sort().values.int().contiguous(), torch.tensor([units.numel()], dtype=torch.int32, device=units.device)
 
 
 class _Buffers:

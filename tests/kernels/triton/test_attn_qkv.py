@@ -60,7 +60,7 @@ def test_lazy_keys_and_values_follow_the_reference_and_end_as_the_full_ones(
     blocks, _, cos_sin = _weights(G, r, D, C, dtype, True)
     full_k, full_v, k, v = torch.zeros(4, B, G, S, D).to(dtype)
     hidden, kv_len = torch.zeros(B, P, C), torch.randint(0, 3, (B, 1), dtype=torch.int32).repeat(1, G)
-    start, steps = kv_len[:, 0].clone(), 7
+    start, steps = kv_len[:, 0].clone(), 6
     for step in range(steps):
         args = torch.randn(B, C), blocks, None, cos_sin, start + step
         # The last step selects every head, so that nothing stays pending.

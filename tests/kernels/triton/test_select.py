@@ -11,7 +11,7 @@ def _same(both, name, *args):
 
 
 @pytest.mark.parametrize("B", [1, 3])
-@pytest.mark.parametrize("N", [1, 65, 300])
+@pytest.mark.parametrize("N", [1, 300])
 @pytest.mark.parametrize("threshold, capacity", [(0.5, 300), (0.5, 4), (9.0, 8), (-9.0, 13)])
 def test_threshold(both, B, N, threshold, capacity):
     _same(both, "select_threshold", torch.randn(B, N), threshold, capacity)
@@ -23,7 +23,7 @@ def test_topk(both, B, N, k):
     assert _same(both, "select_topk", torch.randn(B, N), k) >= min(k, N)
 
 
-@pytest.mark.parametrize("k", [1, 50, 149, 150, 151, 299])
+@pytest.mark.parametrize("k", [1, 149, 151])
 def test_equal_scores_go_by_lower_index(both, k):
     scores = torch.randn(300)[None]
     scores[0, torch.randperm(300)[:150]] = 0.25
