@@ -30,7 +30,9 @@ Kv = Annotated[str, typer.Option(help="With --policy: full keys and values, or l
 Calibration = Annotated[Path | None, typer.Option(help="With --policy static: a text to find the set on.")]
 Dtype = Annotated[str, typer.Option(help="Of the weights: fp32, bf16, fp16, or auto: as stored.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads. [default: all]", show_default=False)]
-Backend = Annotated[str, typer.Option(help="Of the kernels: cpu, reference (slow, plain PyTorch) or auto.")]
+Backend = Annotated[
+    str, typer.Option(help="Of the kernels: cpu, triton (NVIDIA GPU), reference (slow, plain PyTorch) or auto.")
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 

@@ -20,7 +20,7 @@ from dejavu.device import default_threads
 from dejavu.engine.generation import Batch, Chunk, Generation
 from dejavu.engine.step import DecodeStep
 from dejavu.engine.tokenizer import Tokenizer
-from dejavu.errors import CapacityError, CheckpointError, ConfigError
+from dejavu.errors import CapacityError, CheckpointError, ConfigError, KernelUnavailable
 from dejavu.kernels import backend as load_backend
 from dejavu.model import family
 from dejavu.model.decoder import Decoder
@@ -61,6 +61,8 @@ class Engine:
     ):
         self._decoder, self.tokenizer = decoder, tokenizer
         self.mode, self.selection = _choose_mode(mode, decoder.config, selection), selection
+        if selection is not None and decoder.device.type != "cpu":
+            raise KernelUnavailable("mode sparse runs on the CPU in this version; choose backend cpu")
         self._selector = None if selection is None else self._make_selector(selection, calibration)
         self._idle: list[DecodeStep] = []  # the last step made, while nothing uses it
 
@@ -85,18 +87,19 @@ class Engine:
             dtype: of the weights: "fp32", "bf16", "fp16", or "auto": as stored.
             mode, selection, calibration: what is read for each token; see Engine.
             threads: CPU threads of the whole process; None: all that it may use.
-            backend: of the kernels; see dejavu.kernels.
+            backend: of the kernels: "cpu", "triton", "reference", or "auto": triton where there is an NVIDIA GPU.
             revision: branch, tag or commit of a hub id.
             progress: called with (bytes done, bytes in all) while weights are read.
         Raises: CheckpointError, ConfigError, KernelUnavailable.
         """
-        ops = load_backend(backend)
+        device = "cuda" if backend in ("auto", "triton") and torch.cuda.is_available() else "cpu"
+        ops = load_backend(backend, device)
         _set_threads(ops, threads)
         checkpoint = open_checkpoint(model, revision=revision)
         # What can fail fast comes before the weights, which may take minutes.
         config = family(checkpoint.config.get("model_type")).parse(checkpoint.config)
         mode, tokenizer = _choose_mode(mode, config, selection), Tokenizer(checkpoint.path, config)
-        config, weights = load_weights(checkpoint, ops=ops, dtype=dtype, progress=progress)
+        config, weights = load_weights(checkpoint, ops=ops, dtype=dtype, device=device, progress=progress)
         return cls(Decoder(config, weights, ops), tokenizer, mode, selection, calibration)
 
     @property
@@ -147,7 +150,7 @@ class Engine:
         Raises: ConfigError, CapacityError as `generate` does.
         """
         ids = self._prompt_ids(prompt)
-        return self._decoder.prefill(torch.tensor(ids), self._decoder.new_cache(1, len(ids)), all_logits=True)
+        return self._decoder.prefill(torch.tensor(ids), self._decoder.new_cache(1, len(ids)), all_logits=True).cpu()
 
     def _run(self, prompts: list[list[int]], params: SamplingParams, started: float) -> Iterator[Chunk]:
         context = self._context

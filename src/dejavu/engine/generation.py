@@ -125,7 +125,7 @@ class Batch:
     def _stats(self, row: _Row) -> Stats:
         """The row's own times, and the batch's steps until the row's end."""
         steps, decode_s, config = len(self._step_s), sum(self._step_s), self._decoder.config
-        read, heads = self._step.rows_read / max(1, steps), self._step.heads_read / max(1, steps)
+        read, heads = self._step.rows_read.cpu() / max(1, steps), self._step.heads_read / max(1, steps)
         times = {"prompt_tokens": len(row.prompt_ids), "new_tokens": len(row.token_ids), "prefill_s": row.prefill_s}
         times |= {"ttft_s": row.ttft_s, "decode_s": decode_s}
         if not steps:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,8 +16,8 @@ from dejavu.selection import Selector
 class DecodeStep:
     """The decode step of a batch over a cache of its own; captured once, then replayed in one call.
 
-    `rows_read` (L, R) int64 counts the rows of each kind that the MLPs have read, and `heads_read` (L,) int64 the query
-    heads; `reset_counts` zeroes both.
+    `rows_read` (L, R) int64 counts the rows of each kind that the MLPs have read, and `heads_read` the query heads;
+    `reset_counts` zeroes both.
 
     Args:
         decoder: the model.
@@ -38,21 +37,24 @@ class DecodeStep:
         pending: int | None = None,
     ):
         self._decoder, self._mode = decoder, mode
-        self._selector = None if selector is None else _Watched(selector, decoder.config.num_hidden_layers)
         self.cache = decoder.new_cache(batch, capacity, pending)
         self._ids = torch.zeros(batch, dtype=torch.int32)
         self._positions = torch.zeros(batch, dtype=torch.int32)
         # Written through numpy: setting one element of a torch tensor takes microseconds.
         self._ids_view, self._positions_view = self._ids.numpy(), self._positions.numpy()
-        self.rows_read = torch.zeros(
-            decoder.config.num_hidden_layers, 3 if decoder.config.gated else 2, dtype=torch.int64
-        )
-        self.heads_read = torch.zeros(decoder.config.num_hidden_layers, dtype=torch.int64)
-        self._heads_view = self.heads_read.numpy()
+        # On a GPU the step reads copies of them there.
+        self._inputs = self._ids.to(decoder.device), self._positions.to(decoder.device)
+        L, kinds = decoder.config.num_hidden_layers, 3 if decoder.config.gated else 2
+        self.rows_read = torch.zeros(L, kinds, dtype=torch.int64, device=decoder.device)
+        self._steps = 0
+        self._selector = None if selector is None else _Watched(selector, L, decoder.device)
         self._graph = None
         if hasattr(decoder.ops, "capture") and (selector is None or selector.capturable):
-            with torch.inference_mode(), decoder.ops.capture() as capture:
-                self._logits = self._step()
+            with torch.inference_mode():
+                if decoder.device.type == "cuda":
+                    self._step()  # kernels are compiled at their first call, which cannot be captured
+                with decoder.ops.capture() as capture:
+                    self._logits = self._step()
             self._graph = capture.graph
 
     @property
@@ -60,14 +62,23 @@ class DecodeStep:
         """Tokens in the cache of each row."""
         return (self._positions_view + 1).tolist()
 
+    @property
+    def heads_read(self) -> Tensor:
+        """Query heads read since the last reset, by layer: (L,) int64."""
+        config = self._decoder.config
+        every = torch.full((config.num_hidden_layers,), self._steps * config.num_attention_heads)
+        return every if self._selector is None else self._selector.heads_read(every)
+
     def reset_counts(self) -> None:
+        self._steps = 0
         self.rows_read.zero_()
-        self.heads_read.zero_()
+        if self._selector is not None:
+            self._selector.reset()
 
     def prefill(self, row: int, ids: Sequence[int]) -> Tensor:
         """Put a prompt of at most `capacity` tokens into a row; returns the logits (V,) after its last token."""
         self._ids_view[row], self._positions_view[row] = ids[-1], len(ids) - 1
-        return self._decoder.prefill(torch.tensor(ids), self.cache, row)
+        return self._decoder.prefill(torch.tensor(ids), self.cache, row).cpu()
 
     def feed(self, row: int, token_id: int) -> None:
         """Set the next token of a row. A row that is not fed repeats its last token in place, to no effect."""
@@ -75,42 +86,52 @@ class DecodeStep:
         self._positions_view[row] += 1
 
     def run(self) -> Tensor:
-        """Read the tokens fed; returns logits (B, V) float32, which the next run overwrites."""
+        """Read the tokens fed; returns logits (B, V) float32 on the host, which the next run may overwrite."""
         if self._selector is not None:
             self._selector.advance()
+        for ours, theirs in zip((self._ids, self._positions), self._inputs, strict=True):
+            if ours is not theirs:
+                theirs.copy_(ours)
         if self._graph is not None:
             self._graph.replay()
             logits = self._logits
         else:
             with torch.inference_mode():
                 logits = self._step()
-        H, counts = self._decoder.config.num_attention_heads, None if self._selector is None else self._selector.counts
-        for layer in range(len(self._heads_view)):
-            count = None if counts is None else counts[layer]
-            self._heads_view[layer] += H if count is None else count[0]
-        return logits
+        self._steps += 1
+        if self._selector is not None:
+            self._selector.count()
+        return logits.cpu()
 
     def _step(self) -> Tensor:
         return self._decoder.step(
-            self._ids,
-            self._positions,
-            self.cache,
-            mode=self._mode,
-            selector=self._selector,
-            rows_read=self.rows_read,
+            *self._inputs, self.cache, mode=self._mode, selector=self._selector, rows_read=self.rows_read
         )
 
 
 class _Watched:
-    """A selector, and how many heads it selected last: `counts` holds for each layer its count, or None for all."""
+    """A selector, and how many heads it has selected in each layer."""
 
-    def __init__(self, selector: Selector, layers: int):
+    def __init__(self, selector: Selector, layers: int, device: torch.device):
         self._selector, self.capturable = selector, selector.capturable
         self.advance, self.begin, self.neurons = selector.advance, selector.begin, selector.neurons
-        self.counts: list[np.ndarray | None] = [None] * layers
+        self._counts: list[Tensor | None] = [None] * layers  # of the last step; None: all heads
+        self._total = torch.zeros(layers, dtype=torch.int32, device=device)
 
     def heads(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> Selection:
         selection = self._selector.heads(layer, y, attend)
-        # Through numpy, as above; a captured count is a buffer that every replay renews.
-        self.counts[layer] = None if selection is None else selection[1].numpy()
+        self._counts[layer] = None if selection is None else selection[1]
         return selection
+
+    def count(self) -> None:
+        """Add the last step's counts. Captured ones are buffers that every replay renews."""
+        for total, count in zip(self._total, self._counts, strict=True):
+            if count is not None:
+                total += count[0]
+
+    def reset(self) -> None:
+        self._total.zero_()
+
+    def heads_read(self, every: Tensor) -> Tensor:
+        counted = torch.tensor([count is not None for count in self._counts])
+        return torch.where(counted, self._total.cpu().long(), every)

@@ -45,6 +45,7 @@ class Decoder:
         """
         c = self.config
         table = None if c.rope is None else rope_table(c.rope, c.head_dim, capacity, c.max_position_embeddings)
+        table = None if table is None else table.to(self.device)
         return KVCache.allocate(c, batch, capacity, self.weights.dtype, self.ops.empty, table, pending)
 
     # Decode
