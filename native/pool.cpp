@@ -19,8 +19,18 @@ void pause() {
 
 // Long enough to outlast sampling between two steps, short enough not to slow PyTorch's threads in prefill.
 constexpr auto kIdleSpin = std::chrono::microseconds(200);
-// Spins before a waiting thread lets others run: a barrier normally takes well under this.
+// Looks at what a thread waits for before it lets others run: between nodes that normally takes well under this.
 constexpr int kSpins = 2000;
+
+template <class Ready>
+void wait_until(Ready ready) {
+  for (int spins = 0; !ready();) {
+    if (++spins < kSpins)
+      pause();
+    else
+      std::this_thread::yield();
+  }
+}
 
 }  // namespace
 
@@ -32,7 +42,6 @@ Pool::~Pool() {
   {
     std::lock_guard lock(sleep_);
     stop_ = true;
-    job_.fetch_add(1);
   }
   wake_.notify_all();
   for (auto& worker : workers_) worker.join();
@@ -42,57 +51,63 @@ void Pool::run(const Node* const* nodes, size_t count) {
   std::lock_guard call(calls_);
   nodes_ = nodes;
   count_ = count;
+  open_node(0);
   {
     // The lock closes the gap between a worker's last look at job_ and its sleep.
     std::lock_guard lock(sleep_);
-    job_.fetch_add(1, std::memory_order_release);
+    job_.fetch_add(1);
   }
   if (!workers_.empty()) wake_.notify_all();
-  run_share(nodes, count);
+  run_share();
+  // The nodes may be freed after this: shut the door, then wait for those inside (see work()).
+  job_.fetch_add(1);
+  wait_until([&] { return inside_.load() == 0; });
 }
 
 void Pool::work() {
-  uint64_t seen = 0;
-  while (wait_for_job(seen)) {
-    seen = job_.load(std::memory_order_acquire);
-    run_share(nodes_, count_);
+  for (uint64_t seen = 0;;) {
+    const auto until = std::chrono::steady_clock::now() + kIdleSpin;
+    uint64_t job;
+    auto called = [&] { return ((job = job_.load()) % 2 == 1 && job != seen) || stop_; };
+    while (!called()) {
+      for (int i = 0; i < 64; ++i) pause();
+      if (std::chrono::steady_clock::now() < until) continue;
+      std::unique_lock lock(sleep_);
+      wake_.wait(lock, called);
+    }
+    if (stop_) return;
+    // Enter, then look again: either run() sees this thread inside, or this thread sees that the job is over.
+    inside_.fetch_add(1);
+    if (job_.load() == job) run_share();
+    inside_.fetch_sub(1);
+    seen = job;
   }
 }
 
-bool Pool::wait_for_job(uint64_t seen) {
-  const auto until = std::chrono::steady_clock::now() + kIdleSpin;
-  while (job_.load(std::memory_order_acquire) == seen) {
-    for (int i = 0; i < 64; ++i) pause();
-    if (std::chrono::steady_clock::now() < until) continue;
-    std::unique_lock lock(sleep_);
-    wake_.wait(lock, [&] { return job_.load(std::memory_order_acquire) != seen; });
+void Pool::run_share() {
+  for (;;) {
+    uint64_t ticket = ticket_.load(std::memory_order_acquire);
+    uint64_t node = ticket >> 32;
+    if (node == count_) return;
+    if (static_cast<int64_t>(ticket & 0xffffffff) >= nodes_[node]->units()) {
+      wait_until([&] { return ticket_.load(std::memory_order_acquire) >> 32 != node; });
+      continue;
+    }
+    // By now the node may be another one: what counts is the ticket that is drawn.
+    ticket = ticket_.fetch_add(1, std::memory_order_acq_rel);
+    node = ticket >> 32;
+    if (node == count_) return;
+    const int64_t unit = static_cast<int64_t>(ticket & 0xffffffff), units = nodes_[node]->units();
+    if (unit >= units) continue;
+    nodes_[node]->run(unit);
+    if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == units) open_node(node + 1);
   }
-  return !stop_;
 }
 
-void Pool::run_share(const Node* const* nodes, size_t count) {
-  for (size_t i = 0; i < count; ++i) {
-    const Node& node = *nodes[i];
-    const int64_t units = node.units();
-    for (int64_t u; (u = next_unit_.fetch_add(1, std::memory_order_relaxed)) < units;) node.run(u);
-    barrier();
-  }
-}
-
-void Pool::barrier() {
-  const uint32_t phase = phase_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size()) {
-    arrived_.store(0, std::memory_order_relaxed);
-    next_unit_.store(0, std::memory_order_relaxed);
-    phase_.store(phase + 1, std::memory_order_release);
-    return;
-  }
-  for (int spins = 0; phase_.load(std::memory_order_acquire) == phase;) {
-    if (++spins < kSpins)
-      pause();
-    else
-      std::this_thread::yield();
-  }
+void Pool::open_node(uint64_t node) {
+  while (node < count_ && nodes_[node]->units() == 0) ++node;
+  done_.store(0, std::memory_order_relaxed);
+  ticket_.store(node << 32, std::memory_order_release);
 }
 
 }  // namespace dejavu

@@ -10,7 +10,9 @@
 
 namespace dejavu {
 
-// What the threads share; each on its own cache line.
+// Threads take units of the current node from one counter, and the thread that finishes a node's last unit opens the
+// next node. Nothing waits for a thread that holds no unit: one that the system has put aside delays only the unit that
+// it is in, and the end of a run, not every node.
 class Pool {
  public:
   // `threads` includes the caller of run().
@@ -21,7 +23,8 @@ class Pool {
 
   int size() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // A node of work: every unit in [0, units) is run once, by some thread.
+  // A node of work: every unit in [0, units) is run once, by some thread. What units() reads must not change from the
+  // end of the node before to the end of the run.
   struct Node {
     virtual ~Node() = default;
     virtual int64_t units() const = 0;
@@ -33,9 +36,8 @@ class Pool {
 
  private:
   void work();
-  void run_share(const Node* const* nodes, size_t count);
-  void barrier();
-  bool wait_for_job(uint64_t seen);
+  void run_share();
+  void open_node(uint64_t node);
 
   std::vector<std::thread> workers_;
   std::mutex calls_, sleep_;
@@ -43,10 +45,11 @@ class Pool {
   const Node* const* nodes_ = nullptr;
   size_t count_ = 0;
   std::atomic<bool> stop_{false};
+  // Even while there is nothing to do, odd while a run is open to workers.
   alignas(64) std::atomic<uint64_t> job_{0};
-  alignas(64) std::atomic<int64_t> next_unit_{0};
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<uint32_t> phase_{0};
+  alignas(64) std::atomic<int> inside_{0};  // workers that may look at nodes_
+  alignas(64) std::atomic<uint64_t> ticket_{0};  // current node << 32 | its next unit
+  alignas(64) std::atomic<int64_t> done_{0};  // finished units of the current node
 };
 
 }  // namespace dejavu
