@@ -189,17 +189,17 @@ void attend(const AttendArgs& a, int64_t unit) {
 
   const int64_t end = a.positions[b] + 1, begin = a.window ? std::max<int64_t>(0, end - a.window) : 0, n = end - begin;
   const int64_t at = ((b * G + g) * a.capacity + begin) * D;
-  float* scores = a.scores + (b * G + g) * r * a.capacity;
+  float* scores = scratch<float, 3>(heads * n);  // (heads, n)
   const T** rows = scratch<const T*, 0>(2 * n);
   for (int64_t s = 0; s < n; ++s) {
     rows[s] = static_cast<const T*>(a.k_cache) + at + s * D;
     rows[n + s] = static_cast<const T*>(a.v_cache) + at + s * D;
   }
-  dot_rows(rows, n, 2 * n, q, heads, D, scores, 1, a.capacity);
+  dot_rows(rows, n, 2 * n, q, heads, D, scores, 1, n);
 
   const Vec scale = set1(a.scale);
   for (int64_t h = 0; h < heads; ++h) {
-    float* p = scores + h * a.capacity;
+    float* p = scores + h * n;
     const float lowest = -std::numeric_limits<float>::infinity();
     const Vec top = fold(p, n, set1(lowest), lowest, [](Vec m, Vec v) { return max(m, v); });
     float lanes[Vec::kLanes];
@@ -211,7 +211,7 @@ void attend(const AttendArgs& a, int64_t unit) {
     for_vecs(n, [&](int64_t i, int64_t m) { store(p + i, mul(load(p + i, m), inverse), m); });
     std::fill_n(out[h], D, 0.0f);
   }
-  axpy_rows(rows + n, n, n, scores, 1, a.capacity, out, heads, D);
+  axpy_rows(rows + n, n, n, scores, 1, n, out, heads, D);
 }
 
 template <class T>

@@ -181,14 +181,13 @@ class Tape {
   }
 
   void attend(const Array& q, const Array& k_cache, const Array& v_cache, const Array& positions,
-              const MaybeArray& head_idx, const MaybeArray& head_count, const Array& out, const Array& scores,
+              const MaybeArray& head_idx, const MaybeArray& head_count, const Array& out,
               float scale, int64_t window) {
     AttendArgs a{};
     a.batch = q.shape(0), a.groups = k_cache.shape(1), a.heads_per_group = int64_t(q.shape(1)) / a.groups;
     a.head_dim = q.shape(2), a.capacity = k_cache.shape(2), a.window = window, a.scale = scale;
-    require(scores.size() >= q.shape(0) * q.shape(1) * a.capacity, "attend: scores is too small");
     a.q = floats(q), a.k_cache = raw(k_cache), a.v_cache = raw(v_cache), a.positions = ints(positions);
-    a.out = floats(out), a.scores = floats(scores), a.heads = selection(head_idx, head_count);
+    a.out = floats(out), a.heads = selection(head_idx, head_count);
     push(a, kernels->attend[int(weight_type(k_cache))]);
   }
 

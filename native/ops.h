@@ -79,7 +79,6 @@ struct AttendArgs {
   const void* v_cache;
   const int32_t* positions;
   float* out;     // (B, H, D)
-  float* scores;  // scratch (B, H, S)
   Selection heads;
   int64_t batch, groups, heads_per_group, head_dim, capacity, window;  // window 0: none
   float scale;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import secrets
@@ -62,9 +61,3 @@ def read_json(path: str | os.PathLike, error: type[DejavuError] = ConfigError) -
     if not isinstance(data, dict):
         raise error(f"{path}: expected a JSON object, found a {type(data).__name__}")
     return data
-
-
-def sha256(path: str | os.PathLike) -> str:
-    """The SHA-256 of a file's bytes, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

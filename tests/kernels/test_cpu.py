@@ -70,8 +70,9 @@ def test_embed_and_positions(isa, dtype):
     x = cpu.embed(ids, table)
     assert torch.equal(x, reference.embed(ids, table))
     y = x.clone()
-    cpu.add_positions(x, ids - 2 + 2, table, 0)
-    reference.add_positions(y, ids, table, 0)
+    positions = torch.tensor([0, 8, 3], dtype=torch.int32)
+    cpu.add_positions(x, positions, table, 2)
+    reference.add_positions(y, positions, table, 2)
     assert torch.equal(x, y)
 
 

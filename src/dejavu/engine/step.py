@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,7 +48,7 @@ class DecodeStep:
         L, kinds = decoder.config.num_hidden_layers, 3 if decoder.config.gated else 2
         self.rows_read = torch.zeros(L, kinds, dtype=torch.int64, device=decoder.device)
         self._steps = 0
-        self._selector = None if selector is None else _Watched(selector, L, decoder.device)
+        self._selector = None if selector is None else _Watched(selector, L)
         self._graph = None
         if hasattr(decoder.ops, "capture") and (selector is None or selector.capturable):
             with torch.inference_mode():
@@ -66,8 +67,10 @@ class DecodeStep:
     def heads_read(self) -> Tensor:
         """Query heads read since the last reset, by layer: (L,) int64."""
         config = self._decoder.config
-        every = torch.full((config.num_hidden_layers,), self._steps * config.num_attention_heads)
-        return every if self._selector is None else self._selector.heads_read(every)
+        every = self._steps * config.num_attention_heads
+        if self._selector is None:
+            return torch.full((config.num_hidden_layers,), every)
+        return torch.tensor(self._selector.heads_read(every))
 
     def reset_counts(self) -> None:
         self._steps = 0
@@ -112,26 +115,27 @@ class DecodeStep:
 class _Watched:
     """A selector, and how many heads it has selected in each layer."""
 
-    def __init__(self, selector: Selector, layers: int, device: torch.device):
+    def __init__(self, selector: Selector, layers: int):
         self._selector, self.capturable = selector, selector.capturable
         self.advance, self.begin, self.neurons = selector.advance, selector.begin, selector.neurons
-        self._counts: list[Tensor | None] = [None] * layers  # of the last step; None: all heads
-        self._total = torch.zeros(layers, dtype=torch.int32, device=device)
+        # By layer that selects: the last step's count, through numpy as above, and the sum over steps.
+        self._counts: dict[int, np.ndarray] = {}
+        self._totals = [0] * layers
 
     def heads(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> Selection:
         selection = self._selector.heads(layer, y, attend)
-        self._counts[layer] = None if selection is None else selection[1]
+        if selection is not None:
+            self._counts[layer] = selection[1].numpy()
         return selection
 
     def count(self) -> None:
         """Add the last step's counts. Captured ones are buffers that every replay renews."""
-        for total, count in zip(self._total, self._counts, strict=True):
-            if count is not None:
-                total += count[0]
+        for layer, count in self._counts.items():
+            self._totals[layer] += int(count[0])
 
     def reset(self) -> None:
-        self._total.zero_()
+        self._totals = [0] * len(self._totals)
 
-    def heads_read(self, every: Tensor) -> Tensor:
-        counted = torch.tensor([count is not None for count in self._counts])
-        return torch.where(counted, self._total.cpu().long(), every)
+    def heads_read(self, every: int) -> list[int]:
+        """By layer; `every` where all heads are read."""
+        return [total if layer in self._counts else every for layer, total in enumerate(self._totals)]

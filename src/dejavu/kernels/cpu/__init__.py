@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dejavu.config import ACTIVATIONS
+from dejavu.device import default_threads
 from dejavu.errors import ConfigError, KernelUnavailable
 from dejavu.kernels.cpu import _native
 from dejavu.kernels.reference import Selection
@@ -194,8 +195,8 @@ def attend(
     scale: float,
     window: int | None = None,
 ) -> Tensor:
-    out, scores = torch.empty_like(q), _floats(q.shape[0], q.shape[1], k_cache.shape[2])
-    _issue(_native.Tape.attend, q, k_cache, v_cache, positions, *_pair(heads), out, scores, scale, window or 0)
+    out = torch.empty_like(q)
+    _issue(_native.Tape.attend, q, k_cache, v_cache, positions, *_pair(heads), out, scale, window or 0)
     return out
 
 
@@ -245,4 +246,4 @@ def _select(scores: Tensor, capacity: int, k: int, threshold: float) -> tuple[Te
 
 if os.environ.get("DEJAVU_ISA"):
     set_isa(os.environ["DEJAVU_ISA"])
-set_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+set_threads(default_threads())
