@@ -9,6 +9,7 @@ import dejavu
 from dejavu.config import SelectionConfig
 from dejavu.engine.step import DecodeStep
 from dejavu.errors import ConfigError
+from dejavu.model.hooks import TokenMasks
 from dejavu.selection import make_selector
 from dejavu.selection.oracle import Importance
 
@@ -134,6 +135,22 @@ def test_a_batch_reads_the_union(model, policy):
     else:
         assert (read > 205).all() and (read <= 3 * 205).all()
         assert loss(model, together) < loss(model, alone) + 0.1
+
+
+@pytest.mark.parametrize("policy", [p for p in POLICIES if p != "random"])  # random draws differ from pass to pass
+def test_masks_of_a_forward_pass_equal_sparse_steps(model, policy):
+    """What evaluation relies on: all positions at once, each with its own selection, give the logits of real steps."""
+    settings = {"mlp_density": 0.15, "attn_density": 1.0 if policy == "nearest" else 0.5, "dense_layers": (2,)}
+    stepped, step = run(model, select(model, policy, **settings))
+    masks = TokenMasks(select(model, policy, **settings), dense_prefix=8)
+    ids = torch.tensor(model.ids[: 8 + len(stepped)])
+    cache = model.decoder.new_cache(1, len(ids))
+    together = model.decoder.prefill(ids, cache, all_logits=True, hooks=masks)[8:]
+    # Rounding may swap two units of near equal scores; they contribute next to nothing.
+    assert (stepped[:, 0] - together).abs().max() < 2e-3
+    assert masks.tokens == len(stepped)
+    assert torch.equal(masks.kept[:, 1], step.rows_read[:, 0])
+    assert torch.equal(masks.kept[:, 0], step.heads_read)
 
 
 def test_bad_settings_are_named(model):

@@ -24,6 +24,7 @@ from dejavu.errors import CapacityError, CheckpointError, ConfigError, KernelUna
 from dejavu.kernels import backend as load_backend
 from dejavu.model import family
 from dejavu.model.decoder import Decoder
+from dejavu.model.hooks import TokenMasks
 from dejavu.model.load import load_weights
 from dejavu.selection import Selector, make_selector
 from dejavu.selection.oracle import Importance
@@ -147,10 +148,13 @@ class Engine:
     def logits(self, prompt: Prompt) -> Tensor:
         """The logits (T, V) float32 of every position of a prompt: text, or token ids taken as they are.
 
+        In mode sparse every token reads only its own selection (model.hooks.TokenMasks).
         Raises: ConfigError, CapacityError as `generate` does.
         """
         ids = self._prompt_ids(prompt)
-        return self._decoder.prefill(torch.tensor(ids), self._decoder.new_cache(1, len(ids)), all_logits=True).cpu()
+        hooks = None if self._selector is None else TokenMasks(self._selector)
+        cache = self._decoder.new_cache(1, len(ids))
+        return self._decoder.prefill(torch.tensor(ids), cache, all_logits=True, hooks=hooks).cpu()
 
     def _run(self, prompts: list[list[int]], params: SamplingParams, started: float) -> Iterator[Chunk]:
         context = self._context

@@ -17,6 +17,7 @@ from dejavu.checkpoint.layout import Layer, Norm, Weights
 from dejavu.config import ZEROING_ACTIVATIONS, Mode, ModelConfig
 from dejavu.kernels.reference import Selection, activate, rotate
 from dejavu.model.cache import KVCache
+from dejavu.model.hooks import Hooks
 from dejavu.model.rope import rope_table
 from dejavu.selection.selector import Selector
 
@@ -128,18 +129,21 @@ class Decoder:
     # Prefill
 
     @torch.inference_mode()
-    def prefill(self, ids: Tensor, cache: KVCache, row: int = 0, *, all_logits: bool = False) -> Tensor:
+    def prefill(
+        self, ids: Tensor, cache: KVCache, row: int = 0, *, all_logits: bool = False, hooks: Hooks | None = None
+    ) -> Tensor:
         """Read a whole prompt into one row of the cache, from position 0.
 
         Args:
             ids: (T,) integer, 1 <= T <= the cache's capacity.
             all_logits: return the logits of every position, not of the last alone.
+            hooks: look into the pass, or mask what tokens read (TokenMasks).
         Returns: logits (V,) float32, or (T, V).
         """
-        outputs = []
+        outputs, hooks = [], hooks or Hooks()
         for start in range(0, ids.numel(), PREFILL_CHUNK):
             chunk = ids[start : start + PREFILL_CHUNK].to(self.device).long()
-            hidden = self._forward(chunk, cache, row, start)
+            hidden = self._forward(chunk, cache, row, start, hooks)
             last = start + chunk.numel() == ids.numel()
             if all_logits:
                 outputs.append(self._head(hidden))
@@ -147,7 +151,7 @@ class Decoder:
                 outputs.append(self._head(hidden[-1:]))
         return torch.cat(outputs) if all_logits else outputs[0][0]
 
-    def _forward(self, ids: Tensor, cache: KVCache, row: int, start: int) -> Tensor:
+    def _forward(self, ids: Tensor, cache: KVCache, row: int, start: int, hooks: Hooks) -> Tensor:
         """Hidden states (T, C) of tokens at positions start .. start+T, before the final norm."""
         c, w = self.config, self.weights
         x = w.embed[ids].float()
@@ -156,16 +160,21 @@ class Decoder:
         if w.position_table is not None:
             first = start + c.position_offset
             x = x + w.position_table[first : first + ids.numel()].float()
+        hooks.begin(x)
         for i, layer in enumerate(w.layers):
             y = self._plain_norm(x, layer.attn_norm) if c.norm_before else x
-            x = x + self._attention(y, layer, cache, i, row, start)
+            f = self._attention(y, layer, cache, i, row, start, hooks)
+            hooks.block(i, "attention", x, f)
+            x = x + f
             x = x if c.norm_before else self._plain_norm(x, layer.attn_norm)
             y = self._plain_norm(x, layer.mlp_norm) if c.norm_before else x
-            x = x + self._mlp(y, layer)
+            f = self._mlp(y, layer, i, hooks)
+            hooks.block(i, "mlp", x, f)
+            x = x + f
             x = x if c.norm_before else self._plain_norm(x, layer.mlp_norm)
         return x
 
-    def _attention(self, y: Tensor, layer: Layer, cache: KVCache, i: int, row: int, start: int) -> Tensor:
+    def _attention(self, y: Tensor, layer: Layer, cache: KVCache, i: int, row: int, start: int, hooks: Hooks) -> Tensor:
         blocks = layer.attn.blocks
         G, _, D, C = blocks.shape
         r, T = layer.attn.heads_per_group, y.shape[0]
@@ -195,12 +204,13 @@ class Decoder:
             is_causal=mask is None,
             scale=self.scale,
         )[0]
+        o = hooks.heads(i, y, o.transpose(0, 1).float()).transpose(0, 1)
         out = torch.zeros(T, C, device=y.device)
         for h in range(G * r):
             out += _matmul(o[h], blocks[h // r, r + 2 + h % r])
         return out if layer.attn.out_bias is None else out + layer.attn.out_bias
 
-    def _mlp(self, y: Tensor, layer: Layer) -> Tensor:
+    def _mlp(self, y: Tensor, layer: Layer, i: int, hooks: Hooks) -> Tensor:
         c, rows = self.config, layer.mlp.rows
         bias = None if layer.mlp.in_bias is None else layer.mlp.in_bias.view(rows.shape[0], -1)
 
@@ -212,7 +222,7 @@ class Decoder:
         if c.gated:
             gate, h = h, up(1)
             h = gate * (activate(h, c.activation, c.activation_threshold) if c.activate_up else h)
-        out = _matmul(h, rows[:, -1])
+        out = _matmul(hooks.neurons(i, y, h), rows[:, -1])
         return out if layer.mlp.out_bias is None else out + layer.mlp.out_bias
 
     def _head(self, x: Tensor) -> Tensor:

@@ -19,9 +19,9 @@ from torch import Tensor
 from dejavu.checkpoint.layout import Weights
 from dejavu.config import ModelConfig, SelectionConfig
 from dejavu.errors import ConfigError
-from dejavu.selection.selector import Selector
+from dejavu.selection.selector import Cut, ScoreSelector, Selector
 
-__all__ = ["Selector", "make_selector"]
+__all__ = ["Cut", "ScoreSelector", "Selector", "make_selector"]
 
 
 def make_selector(
@@ -31,7 +31,7 @@ def make_selector(
     ops: ModuleType,
     *,
     importance: Sequence[tuple[Tensor, Tensor]] | None = None,
-) -> Selector:
+) -> ScoreSelector:
     """Build the selector of a policy for one model.
 
     Args:
@@ -39,8 +39,12 @@ def make_selector(
             dejavu.selection.oracle.Importance.
     Raises: ConfigError where the policy cannot serve this model or these densities.
     """
-    counts = [selection.counts(layer, config) for layer in range(config.num_hidden_layers)]
-    sparse_heads = any(heads < config.num_attention_heads for heads, _ in counts)
+    totals = config.num_attention_heads, config.intermediate_size
+    cuts = [
+        tuple(Cut(k) if k < total else None for k, total in zip(selection.counts(layer, config), totals, strict=True))
+        for layer in range(config.num_hidden_layers)
+    ]
+    sparse_heads = any(heads is not None for heads, _ in cuts)
     if selection.policy == "nearest" and sparse_heads:
         raise ConfigError("policy nearest selects neurons only: attn_density must be 1")
     if selection.policy == "oracle" and selection.kv == "lazy" and sparse_heads:
@@ -52,16 +56,16 @@ def make_selector(
 
         if importance is None:
             raise ConfigError("policy static needs a calibration text to find the units that matter most")
-        return StaticSelector(counts, importance)
+        return StaticSelector(cuts, ops, importance)
     if selection.policy == "random":
         from dejavu.selection.fixed import RandomSelector
 
-        return RandomSelector(counts, config, selection.seed)
+        return RandomSelector(cuts, ops, totals, selection.seed)
     if selection.policy in ("oracle", "non_contextual"):
         from dejavu.selection import oracle
 
         kind = oracle.OracleSelector if selection.policy == "oracle" else oracle.NonContextualSelector
-        return kind(counts, config, weights, ops)
+        return kind(cuts, config, weights, ops)
     from dejavu.selection.nearest import NearestSelector
 
-    return NearestSelector(counts, config, weights, ops)
+    return NearestSelector(cuts, config, weights, ops)

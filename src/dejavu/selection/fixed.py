@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from dejavu.config import ModelConfig
 from dejavu.kernels.reference import Selection
+from dejavu.selection.selector import Cuts, ScoreSelector
 
 
 def fixed_selection(units: Tensor) -> Selection:
@@ -16,62 +17,68 @@ def fixed_selection(units: Tensor) -> Selection:
     return units.sort().values.int().contiguous(), torch.tensor([units.numel()], dtype=torch.int32, device=units.device)
 
 
-class _Buffers:
-    """Selections that lie ready in buffers."""
+class _Buffers(ScoreSelector):
+    """Selections that lie ready in buffers, made from the scores of a single token.
 
-    capturable = True
+    Args:
+        totals: heads and neurons of a layer.
+    """
 
-    def __init__(self, heads: list[Selection], neurons: list[Selection]):
-        self._heads, self._neurons = heads, neurons
+    def __init__(self, cuts: Cuts, ops: ModuleType, totals: tuple[int, int]):
+        super().__init__(cuts, ops)
+        self._totals = totals
+        self._buffers = [
+            tuple(None if cut is None else self._draw(layer, part) for part, cut in enumerate(pair))
+            for layer, pair in enumerate(self.cuts)
+        ]
 
-    def advance(self) -> None:
-        """Nothing changes between steps."""
+    def scores(self, layer: int, part: int, tokens: int) -> Tensor:
+        """(tokens, N) float32 of the heads (part 0) or neurons (part 1)."""
+        raise NotImplementedError
 
-    def begin(self, x: Tensor) -> None:
-        """The token doesn't matter."""
+    def head_scores(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> Tensor | None:
+        return None if self.cuts[layer][0] is None else self.scores(layer, 0, len(y))
+
+    def neuron_scores(self, layer: int, y: Tensor) -> Tensor | None:
+        return None if self.cuts[layer][1] is None else self.scores(layer, 1, len(y))
 
     def heads(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> Selection:
-        return self._heads[layer]
+        return self._buffers[layer][0]
 
     def neurons(self, layer: int, y: Tensor) -> Selection:
-        return self._neurons[layer]
+        return self._buffers[layer][1]
+
+    def _draw(self, layer: int, part: int) -> Selection:
+        return fixed_selection(self.cuts[layer][part].mask(self.scores(layer, part, 1))[0].nonzero().flatten())
 
 
 class StaticSelector(_Buffers):
     """The same units for every token: of each layer the most important ones.
 
     Args:
-        counts: heads and neurons to keep, for each layer.
         importance: of each head (H,) and each neuron (I,), for each layer.
     """
 
-    def __init__(self, counts: Sequence[tuple[int, int]], importance: Sequence[tuple[Tensor, Tensor]]):
-        def best(layer: int, part: int) -> Selection:
-            scores, k = importance[layer][part], counts[layer][part]
-            return None if k >= scores.numel() else fixed_selection(scores.topk(k).indices)
+    def __init__(self, cuts: Cuts, ops: ModuleType, importance: Sequence[tuple[Tensor, Tensor]]):
+        self._importance = importance
+        super().__init__(cuts, ops, (importance[0][0].numel(), importance[0][1].numel()))
 
-        super().__init__(*([best(layer, part) for layer in range(len(counts))] for part in range(2)))
+    def scores(self, layer: int, part: int, tokens: int) -> Tensor:
+        return self._importance[layer][part].float().expand(tokens, -1)
 
 
 class RandomSelector(_Buffers):
-    """New random units for every token, drawn on the host before each step."""
+    """New random units for every token, drawn on the host before each step. `totals`: heads and neurons of a layer."""
 
-    def __init__(self, counts: Sequence[tuple[int, int]], config: ModelConfig, seed: int):
+    def __init__(self, cuts: Cuts, ops: ModuleType, totals: tuple[int, int], seed: int):
         self._generator = torch.Generator().manual_seed(seed)
-        self._totals = config.num_attention_heads, config.intermediate_size
-        super().__init__(
-            *(
-                [self._draw(k[part], total) if k[part] < total else None for k in counts]
-                for part, total in enumerate(self._totals)
-            )
-        )
+        super().__init__(cuts, ops, totals)
+
+    def scores(self, layer: int, part: int, tokens: int) -> Tensor:
+        return torch.rand(tokens, self._totals[part], generator=self._generator)
 
     def advance(self) -> None:
-        for selections, total in zip((self._heads, self._neurons), self._totals, strict=True):
-            for selection in selections:
+        for layer, pair in enumerate(self._buffers):
+            for part, selection in enumerate(pair):
                 if selection is not None:
-                    idx = selection[0]
-                    idx.copy_(self._draw(idx.numel(), total)[0])
-
-    def _draw(self, k: int, total: int) -> Selection:
-        return fixed_selection(torch.randperm(total, generator=self._generator)[:k])
+                    selection[0].copy_(self._draw(layer, part)[0])

@@ -7,7 +7,7 @@ output after the output projection, which is a quadratic form in the D-vector th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dejavu.checkpoint.layout import Layer, Weights
 from dejavu.config import ModelConfig
-from dejavu.kernels.reference import Selection, activate
+from dejavu.kernels.reference import activate
+from dejavu.selection.selector import Cuts, ScoreSelector
 
 
 class _Scores:
@@ -45,46 +46,37 @@ class _Scores:
         return torch.einsum("bhd,hde,bhe->bh", o, self._gram, o).clamp(min=0).sqrt()
 
 
-class OracleSelector:
+class OracleSelector(ScoreSelector):
     """The units with the largest output norm, found by computing all of them first. Not captured: it is two passes."""
 
     capturable = False
 
-    def __init__(self, counts: Sequence[tuple[int, int]], config: ModelConfig, weights: Weights, ops: ModuleType):
-        self._counts, self._config, self._ops = counts, config, ops
+    def __init__(self, cuts: Cuts, config: ModelConfig, weights: Weights, ops: ModuleType):
+        super().__init__(cuts, ops)
+        self._config = config
         self._scores = [_Scores(layer, config) for layer in weights.layers]
 
-    def advance(self) -> None:
-        """Every step looks afresh."""
+    def head_scores(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> Tensor | None:
+        return None if self.cuts[layer][0] is None else self._scores[layer].heads(attend())
 
-    def begin(self, x: Tensor) -> None:
-        """The embedding alone doesn't matter."""
-
-    def heads(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> Selection:
-        k = self._counts[layer][0]
-        if k >= self._config.num_attention_heads:
-            return None
-        return self._ops.select_topk(self._scores[layer].heads(attend()), k)
-
-    def neurons(self, layer: int, y: Tensor) -> Selection:
-        k = self._counts[layer][1]
-        if k >= self._config.intermediate_size:
-            return None
-        return self._ops.select_topk(self._scores[layer].neurons(y), k)
+    def neuron_scores(self, layer: int, y: Tensor) -> Tensor | None:
+        return None if self.cuts[layer][1] is None else self._scores[layer].neurons(y)
 
 
 class NonContextualSelector(OracleSelector):
     """What the oracle would choose if the token stood alone: its normalised embedding takes the hidden state's place,
     and it attends to nothing but itself."""
 
-    def __init__(self, counts: Sequence[tuple[int, int]], config: ModelConfig, weights: Weights, ops: ModuleType):
-        super().__init__(counts, config, weights, ops)
+    def __init__(self, cuts: Cuts, config: ModelConfig, weights: Weights, ops: ModuleType):
+        super().__init__(cuts, config, weights, ops)
         self._layers = weights.layers
 
     def begin(self, x: Tensor) -> None:
         self._x = x.clone()
 
-    def heads(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> Selection:
+    def head_scores(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> Tensor | None:
+        if self.cuts[layer][0] is None:
+            return None
         attn = self._layers[layer].attn
         G, _, D, _ = attn.blocks.shape
         r = attn.heads_per_group
@@ -93,10 +85,12 @@ class NonContextualSelector(OracleSelector):
         if attn.qkv_bias is not None:
             values = values + attn.qkv_bias[:, r + 1]
         alone = values[:, :, None].expand(-1, G, r, D).reshape(-1, G * r, D)
-        return super().heads(layer, y, lambda: alone)
+        return super().head_scores(layer, y, lambda: alone)
 
-    def neurons(self, layer: int, y: Tensor) -> Selection:
-        return super().neurons(layer, self._normalised(self._layers[layer].mlp_norm))
+    def neuron_scores(self, layer: int, y: Tensor) -> Tensor | None:
+        if self.cuts[layer][1] is None:
+            return None
+        return super().neuron_scores(layer, self._normalised(self._layers[layer].mlp_norm))
 
     def _normalised(self, norm) -> Tensor:
         c = self._config
@@ -112,15 +106,13 @@ class Importance(OracleSelector):
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, ops: ModuleType):
-        super().__init__([], config, weights, ops)
+        super().__init__([(None, None)] * len(weights.layers), config, weights, ops)
         self.total = [
             (torch.zeros(config.num_attention_heads), torch.zeros(config.intermediate_size)) for _ in weights.layers
         ]
 
-    def heads(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> Selection:
+    def head_scores(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> None:
         self.total[layer][0].add_(self._scores[layer].heads(attend()).pow(2).sum(0))
-        return None
 
-    def neurons(self, layer: int, y: Tensor) -> Selection:
+    def neuron_scores(self, layer: int, y: Tensor) -> None:
         self.total[layer][1].add_(self._scores[layer].neurons(y).pow(2).sum(0))
-        return None

@@ -1,10 +1,13 @@
-"""Who chooses what a decode step reads: the protocol that the decoder knows."""
+"""Who chooses what a decode step reads: the protocol the decoder knows, and the base of the policies that score."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from dejavu.kernels.reference import Selection
@@ -40,3 +43,69 @@ class Selector(Protocol):
 
     def neurons(self, layer: int, y: Tensor) -> Selection:
         """The neurons that a layer reads; None for all. y: (B, C) float32, the normalised input of the layer's MLP."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which of N scored units a token keeps: those that reach `threshold` (None: any score does), the best `k` at most.
+
+    Rows of a batch share the union of what they keep; with a threshold the union holds at most B * k.
+    """
+
+    k: int
+    threshold: float | None = None
+
+    def select(self, ops: ModuleType, scores: Tensor) -> Selection:
+        """The selection of a batch. scores: (B, N) float32, no NaN."""
+        if self.threshold is None:
+            return ops.select_topk(scores, self.k)
+        return ops.select_threshold(scores, self.threshold, min(len(scores) * self.k, scores.shape[1]))
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """(T, N) bool: what each of T tokens would keep if it were alone, equal scores by lower index."""
+        mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+        best = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, : self.k]
+        mask.scatter_(1, best, True)
+        return mask if self.threshold is None else mask & (scores >= self.threshold)
+
+
+Cuts = Sequence[tuple[Cut | None, Cut | None]]
+
+
+class ScoreSelector:
+    """Scores every unit of a layer and keeps what a cut leaves.
+
+    `head_scores` and `neuron_scores` are called once a layer, in order, with the inputs that `Selector.heads` and
+    `.neurons` get; they also serve many tokens at once (model.hooks.TokenMasks). None: the layer reads all.
+
+    Args:
+        cuts: of the heads and the neurons of each layer; None reads all.
+        ops: the kernel backend.
+    """
+
+    capturable = True
+
+    def __init__(self, cuts: Cuts, ops: ModuleType):
+        self.cuts, self._ops = list(cuts), ops
+
+    def advance(self) -> None:
+        """Most policies look at nothing but the step itself."""
+
+    def begin(self, x: Tensor) -> None:
+        """Most policies don't need the embedding."""
+
+    def head_scores(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> Tensor | None:
+        """(T, H) float32, or None; see Selector.heads."""
+        raise NotImplementedError
+
+    def neuron_scores(self, layer: int, y: Tensor) -> Tensor | None:
+        """(T, I) float32, or None; see Selector.neurons."""
+        raise NotImplementedError
+
+    def heads(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> Selection:
+        scores = self.head_scores(layer, y, attend)
+        return None if scores is None else self.cuts[layer][0].select(self._ops, scores)
+
+    def neurons(self, layer: int, y: Tensor) -> Selection:
+        scores = self.neuron_scores(layer, y)
+        return None if scores is None else self.cuts[layer][1].select(self._ops, scores)

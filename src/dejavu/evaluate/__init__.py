@@ -1,0 +1,1 @@
+"""Quality through the path that is timed: perplexity, tasks, comparison of settings."""

@@ -1,0 +1,1 @@
+"""Sparsity packs of a model: data set, predictors, training, calibration."""

@@ -1,0 +1,1 @@
+"""What a model does on text: densities, similarities, norms, attention; statistics and figures."""

@@ -1,0 +1,53 @@
+"""Documents from every kind of source, and clear errors."""
+
+import gzip
+import io
+import sys
+
+import pytest
+
+from dejavu.errors import ConfigError
+from dejavu.text import documents
+
+
+def test_files_folders_and_separators(tmp_path):
+    (tmp_path / "b.txt").write_text("one\nmore\n<|endoftext|>\n\n<|endoftext|>\ntwo\n")
+    with gzip.open(tmp_path / "a.txt.gz", "wt", encoding="utf-8") as file:
+        file.write("zéro")
+    (tmp_path / "c.bin").write_bytes(b"\xff")
+    assert list(documents([str(tmp_path / "b.txt")])) == ["one\nmore", "two"]
+    assert list(documents([str(tmp_path), str(tmp_path / "b.txt")])) == ["zéro", "one\nmore", "two", "one\nmore", "two"]
+
+
+def test_stdin(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("text"))
+    assert list(documents(["-"])) == ["text"]
+
+
+def test_hub_rows(monkeypatch):
+    class Datasets:
+        @staticmethod
+        def load_dataset(*args, **kwargs):
+            assert args == ("owner/name", "config") and kwargs == {"split": "test", "streaming": True}
+            return [{"text": "a"}, {"text": " "}, {"text": "b"}]
+
+    monkeypatch.setitem(sys.modules, "datasets", Datasets)
+    assert list(documents(["hf:owner/name:config:test"])) == ["a", "b"]
+
+
+def test_bad_sources_are_named(tmp_path):
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "bad.txt").write_bytes(b"ab\xff")
+    (tmp_path / "folder").mkdir()
+    whole = gzip.compress(b"text" * 1000)
+    (tmp_path / "cut.txt.gz").write_bytes(whole[: len(whole) // 2])
+    for name, message in [
+        ("empty.txt", "holds no text"),
+        ("bad.txt", "expected UTF-8 text, found byte 0xff"),
+        ("folder", "no .txt, .txt.gz, .md file"),
+        ("missing.txt", "cannot be read"),
+        ("cut.txt.gz", "cut short"),
+    ]:
+        with pytest.raises(ConfigError, match=message) as info:
+            list(documents([str(tmp_path / name)]))
+        assert name in str(info.value)
