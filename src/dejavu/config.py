@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from dejavu.errors import ConfigError
 
 Mode = Literal["dense", "exact", "sparse"]
-Policy = Literal["oracle", "static", "non_contextual", "random", "nearest"]
+Policy = Literal["predictor", "oracle", "static", "non_contextual", "random", "nearest"]
 
 # Activations whose output is exactly zero on a half line: only these allow the exact mode.
 ZEROING_ACTIVATIONS = ("relu", "fatrelu")
@@ -166,6 +166,9 @@ class SelectionConfig:
 
     Args:
         policy: who chooses; see dejavu.selection.
+        pack: for "predictor", and only there: the folder or hub id of a sparsity pack, which sets the densities.
+        quality: of a pack's settings take the cheapest whose perplexity rose by at most this (0.01: one percent);
+            None: the setting that the pack was fitted for.
         mlp_density: of each layer's neurons, in (0, 1]; 1 reads all.
         attn_density: of each layer's query heads, in (0, 1]; 1 reads all.
         dense_layers: layers that read everything.
@@ -182,6 +185,8 @@ class SelectionConfig:
     kv: Literal["lazy", "full"] = "full"
     pending: int = 64
     seed: int = 0
+    pack: str | None = None
+    quality: float | None = None
 
     def __post_init__(self):
         if self.policy not in get_args(Policy):
@@ -195,6 +200,12 @@ class SelectionConfig:
             raise ConfigError(f'kv must be "lazy" or "full", found {self.kv!r}')
         if type(self.pending) is not int or self.pending < 1:
             raise ConfigError(f"pending must be a positive integer, found {self.pending!r}")
+        if (self.policy == "predictor") != (self.pack is not None):
+            raise ConfigError("policy predictor needs a pack, and no other policy takes one")
+        if self.pack is not None and (self.mlp_density, self.attn_density, self.dense_layers) != (1, 1, ()):
+            raise ConfigError("a pack sets the densities: choose a quality instead")
+        if self.quality is not None and (self.pack is None or not self.quality >= 0):
+            raise ConfigError(f"quality is a pack's, and a number of at least 0, found {self.quality!r}")
 
     def counts(self, layer: int, config: ModelConfig) -> tuple[int, int]:
         """Heads and neurons that one layer keeps (rounded up), of H and I.

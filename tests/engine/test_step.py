@@ -29,7 +29,7 @@ def test_decode_equals_teacher_forcing(tiny_checkpoint, backend, model_type, set
     engine = dejavu.load(tiny_checkpoint(model_type, **settings), backend=backend)
     whole = engine.logits(IDS)
     for mode in {"dense", engine.mode}:
-        stepped = decode(DecodeStep(engine._decoder, 1, len(IDS), mode), IDS[:4], IDS[4:])
+        stepped = decode(DecodeStep(engine.decoder, 1, len(IDS), mode), IDS[:4], IDS[4:])
         # float32: the sums are the same and their order is not; logits are of order 10
         torch.testing.assert_close(stepped, whole[3:], rtol=0, atol=1e-4)
 

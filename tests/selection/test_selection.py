@@ -22,7 +22,7 @@ POLICIES = ("oracle", "static", "non_contextual", "random", "nearest")
 @pytest.fixture(scope="module")
 def model():
     engine = dejavu.load("opt-mini", dtype="fp32")
-    decoder, ids = engine._decoder, engine.tokenizer.encode(TEXT)
+    decoder, ids = engine.decoder, engine.tokenizer.encode(TEXT)
     importance = Importance(decoder.config, decoder.weights, decoder.ops)
     run(SimpleNamespace(decoder=decoder, ids=ids), importance)
     return SimpleNamespace(decoder=decoder, ids=ids, importance=importance.total)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dejavu.checkpoint.load import Progress
-from dejavu.checkpoint.source import BUNDLED, open_checkpoint
+from dejavu.checkpoint.source import BUNDLED, Checkpoint, open_checkpoint
 from dejavu.config import ZEROING_ACTIVATIONS, Mode, ModelConfig, SamplingParams, SelectionConfig
 from dejavu.device import default_threads
 from dejavu.engine.generation import Batch, Chunk, Generation
@@ -28,6 +28,7 @@ from dejavu.model.hooks import TokenMasks
 from dejavu.model.load import load_weights
 from dejavu.selection import Selector, make_selector
 from dejavu.selection.oracle import Importance
+from dejavu.selection.pack import check_pack, load_pack
 
 Prompt = str | Sequence[int]
 
@@ -49,6 +50,7 @@ class Engine:
         mode: "dense", "exact", "sparse", or "auto": sparse with a selection, else exact where the activation allows it.
         selection: what the sparse mode reads; only that mode takes one.
         calibration: text from which the static policy learns which units matter.
+        checkpoint: where the model came from; a pack is checked against its hash.
     Raises: ConfigError for a mode that the model does not support, or that does not go with the selection.
     """
 
@@ -59,8 +61,9 @@ class Engine:
         mode: Mode | Literal["auto"] = "auto",
         selection: SelectionConfig | None = None,
         calibration: str | None = None,
+        checkpoint: Checkpoint | None = None,
     ):
-        self._decoder, self.tokenizer = decoder, tokenizer
+        self.decoder, self.tokenizer, self.checkpoint = decoder, tokenizer, checkpoint
         self.mode, self.selection = _choose_mode(mode, decoder.config, selection), selection
         if selection is not None and decoder.device.type != "cpu":
             raise KernelUnavailable("mode sparse runs on the CPU in this version; choose backend cpu")
@@ -76,6 +79,8 @@ class Engine:
         mode: Mode | Literal["auto"] = "auto",
         selection: SelectionConfig | None = None,
         calibration: str | None = None,
+        pack: str | PathLike | None = None,
+        quality: float | None = None,
         threads: int | None = None,
         backend: str = "auto",
         revision: str | None = None,
@@ -87,12 +92,19 @@ class Engine:
             model: a local folder, an id on the Hugging Face Hub, or "opt-mini", the bundled model.
             dtype: of the weights: "fp32", "bf16", "fp16", or "auto": as stored.
             mode, selection, calibration: what is read for each token; see Engine.
+            pack, quality: short for SelectionConfig("predictor", pack=pack, quality=quality, kv="lazy").
             threads: CPU threads of the whole process; None: all that it may use.
             backend: of the kernels: "cpu", "triton", "reference", or "auto": triton where there is an NVIDIA GPU.
             revision: branch, tag or commit of a hub id.
             progress: called with (bytes done, bytes in all) while weights are read.
         Raises: CheckpointError, ConfigError, KernelUnavailable.
         """
+        if pack is not None:
+            if selection is not None:
+                raise ConfigError("give either a pack or a selection")
+            selection = SelectionConfig("predictor", pack=str(pack), quality=quality, kv="lazy")
+        elif quality is not None:
+            raise ConfigError("quality chooses among a pack's settings: name a pack")
         device = "cuda" if backend in ("auto", "triton") and torch.cuda.is_available() else "cpu"
         ops = load_backend(backend, device)
         _set_threads(ops, threads)
@@ -101,20 +113,20 @@ class Engine:
         config = family(checkpoint.config.get("model_type")).parse(checkpoint.config)
         mode, tokenizer = _choose_mode(mode, config, selection), Tokenizer(checkpoint.path, config)
         config, weights = load_weights(checkpoint, ops=ops, dtype=dtype, device=device, progress=progress)
-        return cls(Decoder(config, weights, ops), tokenizer, mode, selection, calibration)
+        return cls(Decoder(config, weights, ops), tokenizer, mode, selection, calibration, checkpoint)
 
     @property
     def config(self) -> ModelConfig:
-        return self._decoder.config
+        return self.decoder.config
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights as loaded."""
-        return self._decoder.weights.dtype
+        return self.decoder.weights.dtype
 
     def with_mode(self, mode: Mode, selection: SelectionConfig | None = None, calibration: str | None = None) -> Engine:
         """An engine over the same weights that runs in another mode. Raises: ConfigError as the class does."""
-        return Engine(self._decoder, self.tokenizer, mode, selection, calibration)
+        return Engine(self.decoder, self.tokenizer, mode, selection, calibration, self.checkpoint)
 
     def generate(
         self, prompt: Prompt | Sequence[Prompt], params: SamplingParams | None = None, **sampling
@@ -153,8 +165,8 @@ class Engine:
         """
         ids = self._prompt_ids(prompt)
         hooks = None if self._selector is None else TokenMasks(self._selector)
-        cache = self._decoder.new_cache(1, len(ids))
-        return self._decoder.prefill(torch.tensor(ids), cache, all_logits=True, hooks=hooks).cpu()
+        cache = self.decoder.new_cache(1, len(ids))
+        return self.decoder.prefill(torch.tensor(ids), cache, all_logits=True, hooks=hooks).cpu()
 
     def _run(self, prompts: list[list[int]], params: SamplingParams, started: float) -> Iterator[Chunk]:
         context = self._context
@@ -164,14 +176,19 @@ class Engine:
         # The rotary table of some models depends on the capacity, so a larger cache would not do.
         if step is None or (step.cache.batch, step.cache.capacity) != (len(prompts), capacity):
             pending = self.selection.pending if self.selection and self.selection.kv == "lazy" else None
-            step = DecodeStep(self._decoder, len(prompts), capacity, self.mode, self._selector, pending)
+            step = DecodeStep(self.decoder, len(prompts), capacity, self.mode, self._selector, pending)
         try:
-            yield from Batch(self._decoder, self.tokenizer, step, prompts, params, started).chunks()
+            yield from Batch(self.decoder, self.tokenizer, step, prompts, params, started).chunks()
         finally:
             self._idle[:] = [step]
 
     def _make_selector(self, selection: SelectionConfig, calibration: str | None) -> Selector:
-        d = self._decoder
+        d = self.decoder
+        if selection.pack is not None:
+            assert self.checkpoint is not None, "a pack is checked against a checkpoint"
+            pack = load_pack(selection.pack, device=d.device)
+            check_pack(pack, selection.pack, d.config, self.checkpoint.hash)
+            return pack.selector(d.config, d.ops, selection.quality)
         importance = None
         if calibration is not None:
             watch = Importance(d.config, d.weights, d.ops)

@@ -1,6 +1,6 @@
 """Selections: which heads and neurons a decode step reads, and the policies that choose them.
 
-`make_selector` builds a policy by name. None of these needs training:
+`predictor` reads a sparsity pack (selection.pack). `make_selector` builds those that need no training:
 
 - `oracle`: computes everything first and keeps the units with the largest output norm. The upper bound; not fast.
 - `static`: one fixed set for all tokens, the units that matter most on a calibration text.

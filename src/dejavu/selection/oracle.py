@@ -19,31 +19,34 @@ from dejavu.kernels.reference import activate
 from dejavu.selection.selector import Cuts, ScoreSelector
 
 
-class _Scores:
-    """The scores of one layer's units."""
+class OutputNorms:
+    """The norms of what one layer's units contribute."""
 
     def __init__(self, layer: Layer, config: ModelConfig):
         self._config, self._mlp = config, layer.mlp
-        rows = layer.mlp.rows
-        self._inputs = [rows[:, part].float() for part in range(rows.shape[1] - 1)]
-        self._out_norms = rows[:, -1].float().norm(dim=1)
+        self._columns = layer.mlp.rows[:, -1].float().norm(dim=1)
         r = layer.attn.heads_per_group
         out = layer.attn.blocks[:, r + 2 :].flatten(0, 1).float()  # (H, D, C)
         self._gram = out @ out.transpose(1, 2)  # (H, D, D)
 
-    def neurons(self, y: Tensor) -> Tensor:
-        """Norms (B, I) of the neurons' outputs for the MLP's normalised inputs y (B, C)."""
-        c, bias = self._config, self._mlp.in_bias
-        columns = None if bias is None else bias.view(len(self._out_norms), -1).T
-        pre = [y @ rows.T if bias is None else y @ rows.T + columns[i] for i, rows in enumerate(self._inputs)]
+    def heads(self, o: Tensor) -> Tensor:
+        """(T, H) for the heads' outputs o (T, H, D) before the projection."""
+        return torch.einsum("bhd,hde,bhe->bh", o, self._gram, o).clamp(min=0).sqrt()
+
+    def neurons(self, h: Tensor) -> Tensor:
+        """(T, I) for the activations h (T, I) that enter fc2 (down)."""
+        return h.abs() * self._columns
+
+    def neurons_of_input(self, y: Tensor) -> Tensor:
+        """(T, I) for the MLP's normalised inputs y (T, C)."""
+        c, rows, bias = self._config, self._mlp.rows, self._mlp.in_bias
+        columns = None if bias is None else bias.view(len(self._columns), -1).T
+        pre = [y @ rows[:, i].float().T for i in range(rows.shape[1] - 1)]
+        pre = pre if columns is None else [p + columns[i] for i, p in enumerate(pre)]
         h = activate(pre[0], c.activation, c.activation_threshold)
         if c.gated:
             h = h * (activate(pre[1], c.activation, c.activation_threshold) if c.activate_up else pre[1])
-        return h.abs() * self._out_norms
-
-    def heads(self, o: Tensor) -> Tensor:
-        """Norms (B, H) of the heads' contributions for their outputs o (B, H, D) before the projection."""
-        return torch.einsum("bhd,hde,bhe->bh", o, self._gram, o).clamp(min=0).sqrt()
+        return self.neurons(h)
 
 
 class OracleSelector(ScoreSelector):
@@ -54,13 +57,13 @@ class OracleSelector(ScoreSelector):
     def __init__(self, cuts: Cuts, config: ModelConfig, weights: Weights, ops: ModuleType):
         super().__init__(cuts, ops)
         self._config = config
-        self._scores = [_Scores(layer, config) for layer in weights.layers]
+        self._norms = [OutputNorms(layer, config) for layer in weights.layers]
 
     def head_scores(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> Tensor | None:
-        return None if self.cuts[layer][0] is None else self._scores[layer].heads(attend())
+        return None if self.cuts[layer][0] is None else self._norms[layer].heads(attend())
 
     def neuron_scores(self, layer: int, y: Tensor) -> Tensor | None:
-        return None if self.cuts[layer][1] is None else self._scores[layer].neurons(y)
+        return None if self.cuts[layer][1] is None else self._norms[layer].neurons_of_input(y)
 
 
 class NonContextualSelector(OracleSelector):
@@ -112,7 +115,7 @@ class Importance(OracleSelector):
         ]
 
     def head_scores(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> None:
-        self.total[layer][0].add_(self._scores[layer].heads(attend()).pow(2).sum(0))
+        self.total[layer][0].add_(self._norms[layer].heads(attend()).pow(2).sum(0))
 
     def neuron_scores(self, layer: int, y: Tensor) -> None:
-        self.total[layer][1].add_(self._scores[layer].neurons(y).pow(2).sum(0))
+        self.total[layer][1].add_(self._norms[layer].neurons_of_input(y).pow(2).sum(0))

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from dejavu.kernels.reference import Selection
@@ -63,10 +62,15 @@ class Cut:
 
     def mask(self, scores: Tensor) -> Tensor:
         """(T, N) bool: what each of T tokens would keep if it were alone, equal scores by lower index."""
-        mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-        best = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, : self.k]
-        mask.scatter_(1, best, True)
-        return mask if self.threshold is None else mask & (scores >= self.threshold)
+        if self.threshold is not None:
+            mask = scores >= self.threshold
+            over = mask.sum(1) > self.k
+            if over.any():
+                mask[over] = Cut(self.k).mask(scores[over])
+            return mask
+        last = scores.topk(min(self.k, scores.shape[1]), dim=1).values[:, -1:]
+        above, ties = scores > last, scores == last
+        return above | (ties & (ties.cumsum(1) <= self.k - above.sum(1, keepdim=True)))
 
 
 Cuts = Sequence[tuple[Cut | None, Cut | None]]

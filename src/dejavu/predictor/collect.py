@@ -1,0 +1,171 @@
+"""Pairs to learn from: the input of every block, and what each unit of the block then contributed.
+
+Files of one folder, appended to window by window; `state.json` says how many windows are whole, and whatever lies
+beyond is cut off on resuming. For T tokens in all:
+
+- `block{b}.bf16`: (T, C), the normalised input of block b (2 * layer: attention, 2 * layer + 1: MLP);
+- `heads{l}.f16`: (T, H), the norm of each head's contribution;
+- `active{l}.bits`: (T, ceil(I / 8)), which neurons are active, packed as numpy.packbits does;
+- `norms{l}.f16`: the norms of the active neurons' contributions, token after token, in the order of the bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dejavu.artifacts import read_json, write_json
+from dejavu.engine.tokenizer import Tokenizer
+from dejavu.errors import ConfigError
+from dejavu.model.decoder import Decoder
+from dejavu.model.hooks import Hooks
+from dejavu.selection.oracle import OutputNorms
+
+STATE = "state.json"
+Progress = Callable[[int, int], None]
+
+
+def windows(documents: Iterable[str], tokenizer: Tokenizer, length: int) -> Iterator[list[int]]:
+    """Token windows of one length, each from a single document: shorter ends of documents are left out."""
+    for document in documents:
+        # A book at once would take seconds and memory; 16 characters a token are more than any text has.
+        for start in range(0, len(document), 16 * length):
+            ids = tokenizer.encode(document[start : start + 16 * length])
+            for at in range(0, len(ids) - length + 1, length):
+                yield ids[at : at + length]
+
+
+def needed_bytes(decoder: Decoder, tokens: int, density: float = 0.3) -> int:
+    """Disk that `collect` fills, if this share of the neurons is active."""
+    c = decoder.config
+    row = 2 * 2 * c.hidden_size + 2 * c.num_attention_heads + c.intermediate_size // 8
+    return int(tokens * c.num_hidden_layers * (row + 2 * density * c.intermediate_size))
+
+
+def collect(
+    decoder: Decoder,
+    texts: Iterator[list[int]],
+    count: int,
+    folder: Path,
+    *,
+    label_error: float = 0.0,
+    progress: Progress | None = None,
+) -> None:
+    """Run the model densely over `count` windows and write the files above; goes on where it was stopped.
+
+    Args:
+        texts: the windows; always the same ones in the same order.
+        folder: made if need be.
+        label_error: see FitConfig.
+    Raises: ConfigError where the text is too short.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = folder / STATE
+    done, sizes = 0, {}
+    if state.exists():
+        saved = read_json(state)
+        done, sizes = saved["windows"], saved["bytes"]
+    if done >= count:
+        return
+    recorder = _Recorder(decoder, folder, label_error)
+    for path in recorder.paths():
+        with open(path, "ab") as file:
+            file.truncate(sizes.get(path.name, 0))
+    for number, ids in enumerate(texts):
+        if number >= count:
+            break
+        if number >= done:
+            decoder.prefill(torch.tensor(ids), decoder.new_cache(1, len(ids)), hooks=recorder)
+            recorder.flush()
+            write_json(state, {"windows": number + 1, "bytes": {p.name: p.stat().st_size for p in recorder.paths()}})
+        if progress is not None:
+            progress(number + 1, count)
+    else:
+        if read_json(state)["windows"] < count if state.exists() else True:
+            raise ConfigError(f"the text is too short: expected {count} windows, found fewer; give more text")
+
+
+class _Recorder(Hooks):
+    def __init__(self, decoder: Decoder, folder: Path, label_error: float):
+        self._folder, self._error = folder, label_error
+        self._layers = decoder.config.num_hidden_layers
+        self._norms = [OutputNorms(layer, decoder.config) for layer in decoder.weights.layers]
+        self._parts: dict[Path, bytes] = {}
+
+    def paths(self) -> list[Path]:
+        blocks = [self._folder / f"block{b}.bf16" for b in range(2 * self._layers)]
+        kinds = ("heads{}.f16", "active{}.bits", "norms{}.f16")
+        return blocks + [self._folder / kind.format(i) for kind in kinds for i in range(self._layers)]
+
+    def heads(self, layer: int, y: Tensor, o: Tensor) -> Tensor:
+        self._keep(f"block{2 * layer}.bf16", _bf16_bytes(y))
+        self._keep(f"heads{layer}.f16", self._norms[layer].heads(o).half().cpu().numpy().tobytes())
+        return o
+
+    def neurons(self, layer: int, y: Tensor, h: Tensor) -> Tensor:
+        norms = self._norms[layer].neurons(h)
+        active = norms > 0 if self._error == 0 else most_of_the_norm(norms, self._error)
+        self._keep(f"block{2 * layer + 1}.bf16", _bf16_bytes(y))
+        self._keep(f"active{layer}.bits", np.packbits(active.cpu().numpy(), axis=1).tobytes())
+        # Rounding up to the smallest half keeps an active neuron's weight above zero.
+        self._keep(f"norms{layer}.f16", norms[active].clamp(6e-8, 6e4).half().cpu().numpy().tobytes())
+        return h
+
+    def _keep(self, name: str, data: bytes) -> None:
+        path = self._folder / name
+        self._parts[path] = self._parts.get(path, b"") + data
+
+    def flush(self) -> None:
+        for path, data in self._parts.items():
+            with open(path, "ab") as file:
+                file.write(data)
+        self._parts.clear()
+
+
+def most_of_the_norm(norms: Tensor, error: float) -> Tensor:
+    """(T, N) bool: of each token the fewest units such that the others' squared norms are at most error^2 of all."""
+    values, order = norms.sort(dim=1)
+    lost = values.double().pow(2).cumsum(1)
+    keep = lost > error**2 * lost[:, -1:]
+    return torch.zeros_like(keep).scatter_(1, order, keep)
+
+
+class Collected:
+    """What `collect` wrote, mapped: nothing is read before it is asked for."""
+
+    def __init__(self, folder: Path, hidden_size: int, heads: int, neurons: int):
+        self._folder, self._neurons = folder, neurons
+        self._sizes = {"block": hidden_size, "heads": heads}
+        self.tokens = (folder / "block0.bf16").stat().st_size // (2 * hidden_size)
+
+    def inputs(self, block: int, rows: slice) -> Tensor:
+        """(rows, C) float32: the normalised inputs of a block."""
+        mapped = np.memmap(self._folder / f"block{block}.bf16", np.int16, "r").reshape(self.tokens, -1)
+        return torch.from_numpy(mapped[rows].copy()).view(torch.bfloat16).float()
+
+    def heads(self, layer: int, rows: slice) -> Tensor:
+        """(rows, H) float32: the norms of the heads' contributions."""
+        mapped = np.memmap(self._folder / f"heads{layer}.f16", np.float16, "r").reshape(self.tokens, -1)
+        return torch.from_numpy(mapped[rows].astype(np.float32))
+
+    def neurons(self, layer: int) -> Callable[[slice], Tensor]:
+        """A function from rows to (rows, I) float32: the norms of the active neurons' contributions, 0 of the others."""
+        bits = np.memmap(self._folder / f"active{layer}.bits", np.uint8, "r").reshape(self.tokens, -1)
+        norms = np.memmap(self._folder / f"norms{layer}.f16", np.float16, "r")
+        ends = np.concatenate(([0], np.cumsum(np.bitwise_count(bits).sum(1, dtype=np.int64))))
+
+        def dense(rows: slice) -> Tensor:
+            active = np.unpackbits(bits[rows], axis=1, count=self._neurons).astype(bool)
+            out = np.zeros(active.shape, np.float32)
+            out[active] = norms[ends[rows.start] : ends[rows.stop]]
+            return torch.from_numpy(out)
+
+        return dense
+
+
+def _bf16_bytes(x: Tensor) -> bytes:
+    return x.bfloat16().cpu().view(torch.int16).numpy().tobytes()

@@ -1,0 +1,330 @@
+"""From a model and text to a sparsity pack: collect, train, calibrate, each resumable, the pack whole or not at all."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from dejavu.artifacts import atomic_write, read_json, write_json
+from dejavu.engine.bytes import step_bytes
+from dejavu.engine.engine import Engine
+from dejavu.errors import CapacityError, ConfigError, PackError
+from dejavu.predictor import calibrate
+from dejavu.predictor.collect import Collected, collect, needed_bytes, windows
+from dejavu.predictor.settings import FitConfig
+from dejavu.predictor.train import FIT_TOKENS, block_data, fit_heads, fit_neurons
+from dejavu.selection.pack import MANIFEST, TENSORS, Pack, Point, load_pack
+from dejavu.selection.predictor import HEADS, Lookahead, Predictor
+
+Stage = Literal["collect", "train", "calibrate"]
+# stage, done, total
+Progress = Callable[[str, int, int], None]
+# Points of the frontier, and halvings of the price in search of the bound.
+POINTS, HALVINGS = 7, 6
+# Tokens attended to in the bytes of a point.
+ATTENDED = 256
+
+
+def fit(
+    engine: Engine,
+    documents: Iterable[str],
+    out: str | os.PathLike,
+    config: FitConfig | None = None,
+    *,
+    stage: Stage | None = None,
+    progress: Progress | None = None,
+) -> Pack | None:
+    """Make a pack for a model.
+
+    Work in progress lies in `OUT.work`; a call with the same settings goes on where the last one stopped, to the same
+    pack, and removes it in the end.
+
+    Args:
+        engine: the model, in its dense or exact mode.
+        documents: text; read on the first call only.
+        out: the pack's folder, which must not exist.
+        stage: end after this stage.
+        progress: called with stage, done, total.
+    Returns: the pack, or None where `stage` ended early.
+    Raises: ConfigError for settings or text that cannot do, CapacityError where disk or memory is too small, PackError
+        where the bound cannot be kept; it says what can be reached.
+    """
+    config = config or FitConfig()
+    out = Path(out)
+    if out.exists():
+        raise ConfigError(f"{out}: is there already; name another folder, or remove it")
+    work = _Work(out.with_name(out.name + ".work"), engine, config, progress or (lambda *_: None))
+    work.prepare(documents)
+    work.collect()
+    if stage == "collect":
+        return None
+    predictors = work.train()
+    if stage == "train":
+        return None
+    pack = work.calibrate(predictors)
+    pack.save(out)
+    shutil.rmtree(work.folder)
+    return pack
+
+
+def needs(engine: Engine, config: FitConfig) -> dict[str, int]:
+    """Disk and memory, in bytes, that `fit` takes besides the model: `disk`, `memory`."""
+    c = engine.config
+    tokens = _collected_windows(config) * config.window
+    judged = config.calibration_tokens * c.vocab_size * 2
+    chunk = config.window * c.vocab_size * 4 * 3
+    training = FIT_TOKENS * (c.hidden_size + c.intermediate_size) * 4 * 3
+    options = (tokens - config.tokens) * c.intermediate_size * 4 * 6
+    return {"disk": needed_bytes(engine.decoder, tokens), "memory": max(judged + chunk, training, options)}
+
+
+class _Work:
+    """The folder of a fit in progress."""
+
+    def __init__(self, folder: Path, engine: Engine, config: FitConfig, progress: Progress):
+        self.folder, self._engine, self._config, self._progress = folder, engine, config, progress
+        self._decoder = engine.decoder
+        self._lookahead = Lookahead(config.heads_ahead, config.neurons_ahead)
+
+    def prepare(self, documents: Iterable[str]) -> None:
+        """Make the folder and put the tokens of all stages into it, or check that they are those of this run."""
+        assert self._engine.checkpoint is not None
+        settings = {"settings": asdict(self._config), "hash": self._engine.checkpoint.hash}
+        state = self.folder / "settings.json"
+        if state.exists():
+            if read_json(state) != settings:
+                raise ConfigError(
+                    f"{self.folder}: holds the work of a fit with other settings; remove it to begin anew"
+                )
+            return
+        need = needs(self._engine, self._config)
+        if need["memory"] > (free := _free_memory()):
+            raise CapacityError(
+                f"fit needs {need['memory'] >> 20} MB of memory, {free >> 20} MB are free; use fewer calibration_tokens"
+            )
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        if need["disk"] > (free := shutil.disk_usage(self.folder.parent).free):
+            raise CapacityError(
+                f"fit needs {need['disk'] >> 20} MB of disk, {free >> 20} MB are free; use fewer tokens"
+            )
+        count = _collected_windows(self._config) + 2 * self._judged_windows
+        # More windows than needed, so that learning and judging don't share a document by design of the text.
+        found = list(itertools.islice(windows(documents, self._engine.tokenizer, self._config.window), count))
+        if len(found) < count:
+            raise ConfigError(
+                f"the text is too short: expected {count} windows of {self._config.window} tokens in single documents, "
+                f"found {len(found)}; give more text, or use fewer tokens"
+            )
+        self.folder.mkdir(exist_ok=True)
+        with atomic_write(self.folder / "windows.npy", "wb") as file:
+            np.save(file, np.array(found, np.int32), allow_pickle=False)
+        write_json(state, settings)
+
+    @property
+    def _judged_windows(self) -> int:
+        return self._config.calibration_tokens // self._config.window
+
+    def _windows(self, first: int, count: int) -> list[list[int]]:
+        return np.load(self.folder / "windows.npy", allow_pickle=False)[first : first + count].tolist()
+
+    def collect(self) -> None:
+        count = _collected_windows(self._config)
+        collect(
+            self._decoder,
+            iter(self._windows(0, count)),
+            count,
+            self.folder / "collected",
+            label_error=self._config.label_error,
+            progress=lambda done, total: self._progress("collect", done, total),
+        )
+
+    def _collected(self) -> Collected:
+        c = self._engine.config
+        return Collected(self.folder / "collected", c.hidden_size, c.num_attention_heads, c.intermediate_size)
+
+    def train(self) -> dict[int, Predictor]:
+        c, collected, predictors = self._engine.config, self._collected(), {}
+        for layer in range(c.num_hidden_layers):
+            path = self.folder / f"layer{layer}.safetensors"
+            if not path.exists():
+                with torch.inference_mode(False), torch.random.fork_rng():
+                    tensors = self._train_layer(collected, layer)
+                temporary = path.with_suffix(".tmp")
+                save_file(tensors, temporary)
+                os.replace(temporary, path)
+            tensors = load_file(path)
+            predictors[2 * layer] = Predictor(None, tensors["heads.up"], tensors["heads.bias"])
+            predictors[2 * layer + 1] = Predictor(*(tensors[f"neurons.{part}"] for part in ("down", "up", "bias")))
+            self._progress("train", layer + 1, c.num_hidden_layers)
+        return predictors
+
+    def _train_layer(self, collected: Collected, layer: int) -> dict[str, torch.Tensor]:
+        config, dtype = self._config, torch.bfloat16
+        train = config.tokens // config.window * config.window
+        heads = fit_heads(block_data(collected, 2 * layer, self._lookahead.source(2 * layer), train), dtype)
+        block = 2 * layer + 1
+        neurons = fit_neurons(
+            block_data(collected, block, self._lookahead.source(block), train),
+            collected.inputs(block, slice(0, min(FIT_TOKENS, train))),
+            self._decoder.weights.layers[layer].mlp,
+            config.rank,
+            epochs=config.epochs,
+            train=config.train,
+            seed=config.seed + layer,
+            dtype=dtype,
+        )
+        return {
+            "heads.up": heads.up,
+            "heads.bias": heads.bias,
+            "neurons.down": neurons.down,
+            "neurons.up": neurons.up,
+            "neurons.bias": neurons.bias,
+        }
+
+    def calibrate(self, predictors: dict[int, Predictor]) -> Pack:
+        c, config, weights, ops = self._engine.config, self._config, self._decoder.weights, self._decoder.ops
+        blocks = 2 * c.num_hidden_layers
+        collected, train = self._collected(), config.tokens // config.window * config.window
+        with torch.inference_mode():
+            options = {
+                b: calibrate.block_options(
+                    b, predictors[b], block_data(collected, b, self._lookahead.source(b), train), ops, c, weights
+                )
+                for b in predictors
+            }
+            first = _collected_windows(config)
+            judge = calibrate.Judge(self._decoder, self._windows(first, self._judged_windows))
+            select = calibrate.make_select(predictors, self._lookahead, c, ops)
+            search = calibrate.Search(options, blocks, judge, select)
+            state = self.folder / "calibrated.json"
+            saved: dict[str, Any] = read_json(state) if state.exists() else {"probes": {}, "measured": {}}
+            steps, done = blocks + POINTS + HALVINGS + 1, 0
+
+            def remember(kind: str, key: str, value: Callable[[], Any]) -> Any:
+                nonlocal done
+                if key not in saved[kind]:
+                    saved[kind][key] = value()
+                    write_json(state, saved)
+                done += 1
+                self._progress("calibrate", min(done, steps), steps)
+                return saved[kind][key]
+
+            for b in options:
+                search.set_sensitivity(b, remember("probes", str(b), lambda b=b: search.probe(b)))
+            low, high = search.prices()
+            rest = self._rest_bytes(options)
+
+            def measure(judge: calibrate.Judge, name: str, price: float) -> Point:
+                chosen = search.choose(price)
+                cuts = search.cuts(chosen)
+                found = remember("measured", f"{name}{price!r}", lambda: asdict(judge.measure(select(cuts))))
+                return calibrate.as_point(cuts, calibrate.Measured(**found), chosen, rest)
+
+            points = {price: measure(judge, "", price) for price in np.geomspace(low, high, POINTS).tolist()}
+            within = [p for p, point in points.items() if self._within(point)]
+            beyond = [p for p in points if p not in within]
+            if not within:
+                raise self._unreachable(points.values())
+            best = max(within)
+            worst = min((p for p in beyond if p > best), default=best)
+            for _ in range(HALVINGS if worst > best else 0):
+                middle = float(np.sqrt(best * worst))
+                points[middle] = measure(judge, "", middle)
+                best, worst = (middle, worst) if self._within(points[middle]) else (best, middle)
+            # The text that judged so far also chose. Other text has the last word, and steps back if it must.
+            check = calibrate.Judge(self._decoder, self._windows(first + self._judged_windows, self._judged_windows))
+            checked = {}
+            for price in sorted((p for p in points if self._within(points[p])), reverse=True):
+                checked[price] = measure(check, "check ", price)
+                if self._within(checked[price]):
+                    break
+            else:
+                raise self._unreachable(checked.values())
+        return self._pack(predictors, points, price, checked[price], options)
+
+    def _within(self, point: Point) -> bool:
+        return point.measured[self._config.bound] <= self._config.limit
+
+    def _unreachable(self, points: Iterable[Point]) -> PackError:
+        bound = self._config.bound
+        best = min(point.measured[bound] for point in points)
+        return PackError(
+            f"no setting keeps {bound} within {self._config.limit:g}: the best reaches {best:.4g}, so no pack is written; "
+            "allow more, or collect more tokens"
+        )
+
+    def _rest_bytes(self, options: dict[int, list[calibrate.Option]]) -> float:
+        """What a step reads besides the units and their predictors."""
+        c, w = self._engine.config, self._decoder.weights
+        everything = sum(step_bytes(c, w, attended=ATTENDED).values())
+        units = sum(w.layers[b // 2].mlp.rows.nbytes for b in options if b % 2 != HEADS)
+        heads = sum(o[-1].bytes for b, o in options.items() if b % 2 == HEADS)
+        return everything - units - heads
+
+    def _pack(
+        self,
+        predictors: dict[int, Predictor],
+        points: dict[float, Point],
+        price: float,
+        checked: Point,
+        options: dict[int, list[calibrate.Option]],
+    ) -> Pack:
+        order = sorted(points, key=lambda p: -points[p].measured["bytes"])
+        used = {b for point in points.values() for b, cut in enumerate(point.cuts) if cut is not None}
+        checkpoint = self._engine.checkpoint
+        made = {
+            "settings": asdict(self._config),
+            "ranks": [p.down.shape[0] for b, p in sorted(predictors.items()) if p.down is not None],
+            "checked": dict(checked.measured),
+            "active_density": [o[-1].precision for b, o in sorted(options.items()) if b % 2 != HEADS],
+            "attended": ATTENDED,
+        }
+        return Pack(
+            {"name": checkpoint.name, "hash": checkpoint.hash},
+            self._lookahead,
+            {b: p for b, p in predictors.items() if b in used},
+            [points[p] for p in order],
+            order.index(price),
+            made,
+        )
+
+
+def tune(source: str | os.PathLike, out: str | os.PathLike, quality: float) -> Pack:
+    """A pack whose default is another point of its frontier; nothing is trained. Raises: as load_pack and Pack.point."""
+    pack = load_pack(source)
+    pack.default = pack.points.index(pack.point(quality))
+    pack.save(out)
+    return pack
+
+
+def push(source: str | os.PathLike, repo: str, *, private: bool = False) -> str:
+    """Upload a pack to the Hugging Face Hub; returns its address. Raises: PackError where it is no pack."""
+    from huggingface_hub import HfApi
+
+    load_pack(source)
+    api = HfApi()
+    api.create_repo(repo, exist_ok=True, private=private)
+    return str(api.upload_folder(repo_id=repo, folder_path=source, allow_patterns=[MANIFEST, TENSORS]))
+
+
+def _collected_windows(config: FitConfig) -> int:
+    """A tenth more than what is learned from, to choose cuts by."""
+    return config.tokens // config.window + max(1, config.tokens // config.window // 10)
+
+
+def _free_memory() -> int:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            found = next(line for line in file if line.startswith("MemAvailable"))
+        return int(found.split()[1]) << 10
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

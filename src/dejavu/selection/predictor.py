@@ -1,0 +1,117 @@
+"""Selections by small trained networks that read an earlier hidden state: the paper's predictors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+
+from torch import Tensor
+
+from dejavu.config import ModelConfig
+from dejavu.kernels import beside
+from dejavu.kernels.reference import Selection
+from dejavu.selection.selector import Cuts, ScoreSelector
+
+# Blocks are numbered through the model: 2 * layer is its attention, 2 * layer + 1 its MLP.
+HEADS, NEURONS = 0, 1
+
+
+@dataclass(frozen=True)
+class Lookahead:
+    """How many blocks before its own a predictor reads the normalised input of; at the model's start, the first block's.
+
+    1, the default and the paper's Figure 2: the neurons of a layer from the input of its attention, the heads of a
+    layer from the input of the MLP before it. 0 reads the input of the block itself, and overlaps with nothing.
+    """
+
+    heads: int = 1
+    neurons: int = 1
+
+    def source(self, block: int) -> int:
+        """The block whose input the predictor of `block` reads."""
+        return max(0, block - (self.neurons if block % 2 == NEURONS else self.heads))
+
+
+@dataclass
+class Predictor:
+    """Scores of a block's units: `up @ (down @ y) + bias`, or without `down`, `up @ y + bias`.
+
+    Args:
+        down: (R, C), or None for a single linear layer.
+        up: (N, R), or (N, C) without `down`.
+        bias: (N,) float32.
+    """
+
+    down: Tensor | None
+    up: Tensor
+    bias: Tensor
+
+    def scores(self, ops: ModuleType, y: Tensor) -> Tensor:
+        """(T, N) float32 for inputs y (T, C) float32."""
+        return ops.linear(y if self.down is None else ops.linear(y, self.down), self.up, self.bias)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one prediction reads."""
+        return sum(t.nbytes for t in (self.down, self.up, self.bias) if t is not None)
+
+
+class PredictorSelector(ScoreSelector):
+    """Every block's units by a predictor that reads the input of an earlier block, beside the blocks in between.
+
+    Args:
+        predictors: by block; a block without one needs no cut.
+        cuts: see ScoreSelector.
+    """
+
+    def __init__(
+        self,
+        predictors: Mapping[int, Predictor],
+        lookahead: Lookahead,
+        cuts: Cuts,
+        config: ModelConfig,
+        ops: ModuleType,
+    ):
+        super().__init__(cuts, ops)
+        self._predictors = predictors
+        # Of each block whose input is read: the blocks that are predicted from it.
+        self._targets: dict[int, list[int]] = {}
+        for block in range(2 * config.num_hidden_layers):
+            if self.cuts[block // 2][block % 2] is not None:
+                self._targets.setdefault(lookahead.source(block), []).append(block)
+        self._scores: dict[int, Tensor] = {}
+        self._pending: dict[int, Callable[[], tuple[Tensor, Tensor]]] = {}
+
+    def head_scores(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> Tensor | None:
+        return self._score(2 * layer + HEADS, y)
+
+    def neuron_scores(self, layer: int, y: Tensor) -> Tensor | None:
+        return self._score(2 * layer + NEURONS, y)
+
+    def heads(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> Selection:
+        return self._select(2 * layer + HEADS, y)
+
+    def neurons(self, layer: int, y: Tensor) -> Selection:
+        return self._select(2 * layer + NEURONS, y)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the predictors of one step read."""
+        return sum(self._predictors[block].nbytes for targets in self._targets.values() for block in targets)
+
+    def _score(self, block: int, y: Tensor) -> Tensor | None:
+        for target in self._targets.get(block, ()):
+            self._scores[target] = self._predictors[target].scores(self._ops, y)
+        return self._scores.pop(block, None)
+
+    def _select(self, block: int, y: Tensor) -> Selection:
+        for target in self._targets.get(block, ()):
+            # Bound now: the closure runs at once, but on another stream.
+            def predict(target: int = target) -> tuple[Tensor, Tensor]:
+                cut = self.cuts[target // 2][target % 2]
+                return cut.select(self._ops, self._predictors[target].scores(self._ops, y))
+
+            self._pending[target] = beside(self._ops, predict, y)
+        pending = self._pending.pop(block, None)
+        return None if pending is None else pending()
