@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from dejavu.bench import record, shapes
 from dejavu.bench.bandwidth import read_bandwidth
 from dejavu.bench.decode import Dejavu, common_prefix, decode_times, greedy, random_prompt
-from dejavu.bench.peers import CompiledHuggingFace, HuggingFace, load_hugging_face, random_hugging_face
+from dejavu.bench.peers.hugging_face import CompiledHuggingFace, HuggingFace, load_hugging_face, random_hugging_face
 from dejavu.bench.timing import Run, interleave, percentiles_ms
 from dejavu.checkpoint.layout import allocate
 from dejavu.checkpoint.source import BUNDLED, open_checkpoint

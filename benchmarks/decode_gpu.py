@@ -22,7 +22,7 @@ from rich.table import Table
 from transformers import DynamicCache
 
 from dejavu.bench import record, shapes
-from dejavu.bench.peers import random_hugging_face
+from dejavu.bench.peers.hugging_face import random_hugging_face
 from dejavu.bench.timing import percentiles_ms
 from dejavu.config import SelectionConfig
 from dejavu.engine.bytes import step_bytes

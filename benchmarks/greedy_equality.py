@@ -18,7 +18,7 @@ from rich.console import Console
 import dejavu
 from dejavu.bench import record
 from dejavu.bench.decode import common_prefix, greedy
-from dejavu.bench.peers import HuggingFace, load_hugging_face
+from dejavu.bench.peers.hugging_face import HuggingFace, load_hugging_face
 from dejavu.checkpoint.source import open_checkpoint
 from dejavu.errors import ConfigError, DejavuError
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dejavu.bench.decode import Dejavu, common_prefix, decode_times, greedy, random_prompt
-from dejavu.bench.peers import HuggingFace, load_hugging_face
+from dejavu.bench.peers.hugging_face import HuggingFace, load_hugging_face
 from dejavu.checkpoint.source import open_checkpoint
 from dejavu.engine.bytes import step_bytes
 from dejavu.kernels import backend

@@ -146,3 +146,28 @@ def test_greedy_equality_compares_and_fails_on_a_difference(script, model, monke
     done = run(module, *flags, "--prompts", 3)
     assert done.exit_code == 1
     assert "holds 2 documents, and 3 prompts were asked for" in " ".join(done.stderr.split())
+
+
+def test_sparse_cpu_writes_a_record_and_figure_for_each_part(script, monkeypatch, tmp_path):
+    module, results, figures = script("sparse_cpu"), tmp_path / "sparse.jsonl", tmp_path / "figures"
+    monkeypatch.setattr("dejavu.bench.run.read_bandwidth", lambda ops: 1e9)
+    monkeypatch.setattr(module, "read_bandwidth", lambda ops: 1e9)
+    flags = ("--shape", "tiny", "--prompt", 4, "--new", 2, "--repeat", 1, "--threads", 1)
+    flags += ("--results", results, "--figures", figures)
+    only = [word for part in ("ours", "hf-eager", "batches", "mlp") for word in ("--only", part)]
+    done = run(module, *flags, *only)
+    assert done.exit_code == 0, done.output
+    main, batches, mlp = (json.loads(line) for line in results.read_text().splitlines())
+    sparse = main["results"]["sparse static 0.1/0.42 lazy bf16 B1 P4"]
+    assert sparse["mlp_density"] == pytest.approx(0.1, abs=0.01)
+    assert sparse["attn_density"] == 0.5  # 2 of 4 heads
+    unions = [r["mlp_density"] for r in batches["results"].values() if r["mode"] == "sparse"]
+    assert len(unions) == 5 and unions == sorted(unions)
+    assert set(mlp["mlp_ms"]) == {*map(str, module.MLP_DENSITIES), "PyTorch dense"}
+    assert {f.name for f in figures.iterdir()} == {
+        f"tiny-{n}.{kind}" for n in ("batch", "mlp") for kind in ("png", "svg")
+    }
+
+    done = run(module, *flags, "--only", "openvin")
+    assert done.exit_code == 1
+    assert "did you mean openvino?" in " ".join(done.stderr.split())

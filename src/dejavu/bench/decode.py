@@ -13,6 +13,7 @@ from dejavu.engine.bytes import step_bytes
 from dejavu.engine.sampling import Sampler
 from dejavu.engine.step import DecodeStep
 from dejavu.model.decoder import Decoder
+from dejavu.selection import Selector
 
 
 class Decoding(Protocol):
@@ -26,33 +27,62 @@ class Decoding(Protocol):
 
 
 class Dejavu:
-    """Our engine's own step, batch 1, with the bytes that it reads."""
+    """Our engine's own step, with the bytes that it reads.
 
-    def __init__(self, decoder: Decoder, capacity: int, mode: Mode):
-        self._decoder, self._step = decoder, DecodeStep(decoder, 1, capacity, mode)
+    Args:
+        batch: rows. With more than one, `prefill` takes a prompt for each row, and `step` a token, and both return
+            a list.
+        selector, pending: as DecodeStep takes them.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        capacity: int,
+        mode: Mode,
+        *,
+        batch: int = 1,
+        selector: Selector | None = None,
+        pending: int | None = None,
+    ):
+        self._decoder, self._batch, self._lazy = decoder, batch, pending is not None
+        self._step = DecodeStep(decoder, batch, capacity, mode, selector, pending)
         self._choose = Sampler(SamplingParams(), (), decoder.config.vocab_size)
         self._steps = self._attended = 0
 
-    def prefill(self, ids: Sequence[int]) -> int:
-        return self._choose(self._step.prefill(0, ids))[0]
+    def prefill(self, ids):
+        if isinstance(ids[0], int):
+            return self._choose(self._step.prefill(0, ids))[0]
+        return [self._choose(self._step.prefill(row, prompt))[0] for row, prompt in enumerate(ids)]
 
-    def step(self, token: int) -> int:
-        self._step.feed(0, token)
-        token, _ = self._choose(self._step.run()[0])
+    def step(self, token):
+        for row, fed in enumerate([token] if isinstance(token, int) else token):
+            self._step.feed(row, fed)
+        chosen = [self._choose(logits)[0] for logits in self._step.run()]
         self._steps += 1
-        self._attended += self._step.lengths[0]
-        return token
+        self._attended += sum(self._step.lengths) / self._batch
+        return chosen[0] if isinstance(token, int) else chosen
 
     def bytes_per_token(self) -> dict[str, float]:
-        """Mean bytes read by a step so far, by part."""
-        config, weights = self._decoder.config, self._decoder.weights
-        read = self._step.rows_read / self._steps
-        return step_bytes(config, weights, attended=self._attended / self._steps, rows_read=read)
+        """Mean bytes read by a step so far, by part; a step makes a token for every row of the batch."""
+        return step_bytes(
+            self._decoder.config,
+            self._decoder.weights,
+            attended=self._attended / self._steps,
+            batch=self._batch,
+            rows_read=self._step.rows_read / self._steps,
+            heads_read=self._step.heads_read / self._steps,
+            lazy=self._lazy,
+        )
 
     def mlp_density(self) -> float:
         """Mean share of the fc2 (down) rows that the steps so far have read."""
         read = self._step.rows_read[:, -1].double().mean()
         return float(read) / self._steps / self._decoder.config.intermediate_size
+
+    def attn_density(self) -> float:
+        """Mean share of the query heads that the steps so far have read."""
+        return float(self._step.heads_read.double().mean()) / self._steps / self._decoder.config.num_attention_heads
 
 
 def decode_times(peer: Decoding, prompt: Sequence[int], new_tokens: int, skip: int) -> list[float]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from dejavu.device import hardware
 
-PACKAGES = ("dejavu", "torch", "transformers", "triton", "numpy")
+PACKAGES = ("dejavu", "torch", "transformers", "triton", "numpy", "ctranslate2", "openvino", "llama-cpp-python")
 
 
 def append(path: Path, **fields: Any) -> dict[str, Any]:

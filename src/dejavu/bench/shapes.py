@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dejavu.bench.names import check_name
 from dejavu.checkpoint.layout import Weights, allocate
 from dejavu.config import ModelConfig
 from dejavu.errors import ConfigError
@@ -72,9 +73,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def shape(name: str) -> dict[str, Any]:
     """The config.json of a named shape. Raises: ConfigError naming those that exist."""
-    if name not in SHAPES:
-        raise ConfigError(f"shape {name!r} does not exist; choose one of: {', '.join(SHAPES)}")
-    return SHAPES[name]
+    return SHAPES[check_name("shape", name, SHAPES)]
 
 
 def parse(config: dict[str, Any]) -> ModelConfig:

@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 import dejavu
+from dejavu.cli.bench import bench
 from dejavu.cli.demo import demo
 from dejavu.cli.generate import generate
 from dejavu.cli.info import info
@@ -33,7 +34,7 @@ class _Group(TyperGroup):
 
 
 app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for _verb in (generate, info, demo):
+for _verb in (generate, info, demo, bench):
     app.command()(_verb)
 
 

@@ -107,7 +107,7 @@ class Engine:
             raise ConfigError("quality chooses among a pack's settings: name a pack")
         device = "cuda" if backend in ("auto", "triton") and torch.cuda.is_available() else "cpu"
         ops = load_backend(backend, device)
-        _set_threads(ops, threads)
+        set_threads(ops, threads)
         checkpoint = open_checkpoint(model, revision=revision)
         # What can fail fast comes before the weights, which may take minutes.
         config = family(checkpoint.config.get("model_type")).parse(checkpoint.config)
@@ -245,7 +245,8 @@ def _choose_mode(mode: str, config: ModelConfig, selection: SelectionConfig | No
     return mode
 
 
-def _set_threads(ops: ModuleType, threads: int | None) -> None:
+def set_threads(ops: ModuleType, threads: int | None) -> None:
+    """Of a backend and of PyTorch; None: all that the process may use. Raises: ConfigError for a count below 1."""
     if threads is not None and threads < 1:
         raise ConfigError(f"threads must be a positive integer, found {threads}")
     count = threads or default_threads()

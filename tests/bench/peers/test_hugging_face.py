@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dejavu.bench.decode import greedy
-from dejavu.bench.peers import CompiledHuggingFace, HuggingFace, load_hugging_face, random_hugging_face
+from dejavu.bench.peers.hugging_face import CompiledHuggingFace, HuggingFace, load_hugging_face, random_hugging_face
 
 CONFIGS = {
     "opt": {"model_type": "opt", "vocab_size": 101, "hidden_size": 36, "word_embed_proj_dim": 20, "ffn_dim": 50,

@@ -1,15 +1,18 @@
-"""Others that decode the same model, each driven as its users drive it."""
+"""Hugging Face transformers: eager, and compiled with a static cache."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
 from dejavu.bench.shapes import fill_noise
+
+if TYPE_CHECKING:
+    from dejavu.bench.peers import Source
 
 
 def random_hugging_face(config: dict[str, Any], dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
@@ -85,3 +88,14 @@ class CompiledHuggingFace(HuggingFace):
 
     def _at(self, positions: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"position_ids": positions[None], "attention_mask": self._mask}
+
+
+def formats() -> tuple[str, ...]:
+    """Weight formats that are offered."""
+    return "bf16", "fp32"
+
+
+def build(source: Source, weights: str, name: str, capacity: int) -> HuggingFace:
+    """One of the peers of this file, by name."""
+    model = source.hugging_face(weights)
+    return CompiledHuggingFace(model, capacity) if name == "hf-compiled" else HuggingFace(model)

@@ -1,0 +1,203 @@
+"""One benchmark: settings of our engine and peers in turn, in one run, with the bandwidth of the machine beside."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from os import PathLike
+from time import perf_counter
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from dejavu.bench.bandwidth import read_bandwidth
+from dejavu.bench.decode import Dejavu, decode_times, random_prompt
+from dejavu.bench.peers import peer as find_peer
+from dejavu.bench.settings import Setting, Subject
+from dejavu.bench.timing import Run, interleave, percentiles_ms
+from dejavu.device import default_threads, hardware
+
+# First steps of every run, which don't count.
+SKIP = 4
+# How much of the machine's memory models may fill when they are held side by side.
+MEMORY_SHARE = 0.8
+# What a bundle of weights takes beside itself while it is held: peers pack theirs anew.
+PEER_COPIES = 2
+_PASS = "read bandwidth"
+
+
+class PeerRun(NamedTuple):
+    """A peer by name, with the format of its weights and the length of the prompt; batch 1."""
+
+    peer: str
+    weights: str
+    prompt: int = 128
+
+    @property
+    def name(self) -> str:
+        return f"{find_peer(self.peer).label} {self.weights} B1 P{self.prompt}"
+
+
+# Called before each run: its name, how many runs are done, and how many there are.
+Progress = Callable[[str, int, int], None]
+
+
+def measure(
+    subject: Subject,
+    ops: ModuleType,
+    settings: Sequence[Setting],
+    peers: Sequence[PeerRun] = (),
+    *,
+    new_tokens: int = 64,
+    repeat: int = 5,
+    threads: int | None = None,
+    work: str | PathLike | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Time every setting and peer, interleaved; what does not fit into memory together is built anew each round.
+
+    Args:
+        ops: the kernel backend of the subject; its threads and PyTorch's are the caller's to set.
+        new_tokens: timed in every run of every round.
+        threads: of the peers that take a number; None: all.
+        work: a folder for the peers' converted models, which stay there; None: a temporary one.
+    Returns: the fields of a record; "results" has one entry a run, by name.
+    Raises: ConfigError, before anything long, for what cannot run.
+    """
+    for setting in settings:
+        setting.check(subject.config, new_tokens + SKIP)
+    for other in peers:
+        find_peer(other.peer).check(other.weights, subject.source.config)
+        Setting("dense", None, prompt=other.prompt).check(subject.config, new_tokens + SKIP)
+    with tempfile.TemporaryDirectory() if work is None else nullcontext(work) as folder:
+        bench = _Bench(subject, ops, new_tokens, threads or default_threads(), folder)
+        return bench.run(settings, peers, repeat, progress)
+
+
+class _Bench:
+    def __init__(self, subject: Subject, ops: ModuleType, new_tokens: int, threads: int, folder: str | PathLike):
+        self._subject, self._ops, self._new = subject, ops, new_tokens
+        self._threads, self._folder = threads, folder
+        self._facts: dict[str, dict[str, Any]] = {}  # by run: what it says of itself, beside times
+
+    def run(
+        self, settings: Sequence[Setting], peers: Sequence[PeerRun], repeat: int, progress: Progress | None
+    ) -> dict[str, Any]:
+        formats = dict.fromkeys(setting.weights for setting in settings)
+        builds = [self._bandwidth]
+        builds += [partial(self._ours, form, [s for s in settings if s.weights == form]) for form in formats]
+        builds += [partial(self._peer, other) for other in peers]
+        size = self._subject.weight_bytes
+        held = sum(map(size, formats)) + PEER_COPIES * sum(size("bf16") for _ in peers)
+        keep = held < MEMORY_SHARE * hardware()["memory_bytes"]
+        warmup = 1 if keep else 0
+        total, done = (repeat + warmup) * (1 + len(settings) + len(peers)), iter(range(1 << 30))
+        times = interleave(
+            builds,
+            repeat,
+            warmup=warmup,
+            keep=keep,
+            progress=None if progress is None else lambda name, number: progress(name, next(done), total),
+        )
+        limit = 1e3 / percentiles_ms(times.pop(_PASS))["p50_ms"]
+        return {
+            **self._subject.about,
+            "new_tokens": self._new,
+            "repeat": repeat,
+            "threads": self._threads,
+            "side_by_side": keep,
+            "read_bandwidth_bytes_per_s": limit,
+            "results": self._results(times, settings, limit),
+        }
+
+    def _results(self, times: dict[str, list[float]], settings: Sequence[Setting], limit: float) -> dict[str, Any]:
+        results = {name: self._facts[name] | percentiles_ms(seconds) for name, seconds in times.items()}
+        peers = {name: r for name, r in results.items() if "peer" in r}
+        for r in results.values():
+            r["tok_per_s"] = r["batch"] * 1e3 / r["p50_ms"]
+            if "bytes_per_token" in r:
+                r["bandwidth_share"] = sum(r["bytes_per_token"].values()) * 1e3 / r["p50_ms"] / limit
+                # Batch 1 beside batch 1: peers are timed with one row.
+                r["times_peer"] = {
+                    name: p["p50_ms"] / r["p50_ms"]
+                    for name, p in peers.items()
+                    if (r["batch"], r["prompt"]) == (1, p["prompt"])
+                }
+        return results
+
+    def _bandwidth(self) -> dict[str, Run]:
+        return {_PASS: lambda: [1 / read_bandwidth(self._ops)]}
+
+    def _ours(self, weights: str, settings: Sequence[Setting]) -> dict[str, Run]:
+        decoder = self._subject.decoder(weights)
+        return {setting.name: partial(self._time_ours, decoder, setting) for setting in settings}
+
+    def _time_ours(self, decoder, setting: Setting) -> list[float]:
+        s, chooser = setting.selection, None
+        if s is not None:
+            chooser = _Clock(self._subject.selector(decoder, setting))
+        ours = Dejavu(
+            decoder,
+            setting.prompt + SKIP + self._new,
+            setting.mode,
+            batch=setting.batch,
+            selector=chooser,
+            pending=s.pending if s is not None and s.kv == "lazy" else None,
+        )
+        prompts = [random_prompt(decoder.config.vocab_size, setting.prompt, seed) for seed in range(setting.batch)]
+        seconds = decode_times(ours, prompts, self._new, SKIP)
+        self._facts[setting.name] = {
+            "mode": setting.mode,
+            "policy": None if s is None else s.policy,
+            "asked_mlp_density": None if s is None else s.mlp_density,
+            "asked_attn_density": None if s is None else s.attn_density,
+            "kv": None if s is None else s.kv,
+            "weights_format": setting.weights,
+            "batch": setting.batch,
+            "prompt": setting.prompt,
+            "bytes_per_token": ours.bytes_per_token(),
+            "mlp_density": ours.mlp_density(),
+            "attn_density": ours.attn_density(),
+            "predictor_share": 0.0 if chooser is None else chooser.seconds / chooser.steps / (sum(seconds) / self._new),
+        }
+        return seconds
+
+    def _peer(self, run: PeerRun) -> dict[str, Run]:
+        capacity = run.prompt + SKIP + self._new
+        other = find_peer(run.peer).build(
+            self._subject.source, run.weights, capacity=capacity, threads=self._threads, work=self._folder
+        )
+        prompt = random_prompt(self._subject.config.vocab_size, run.prompt, 0)
+        self._facts[run.name] = {"peer": run.peer, "weights_format": run.weights, "batch": 1, "prompt": run.prompt}
+        return {run.name: lambda: decode_times(other, prompt, self._new, SKIP)}
+
+
+class _Clock:
+    """A selector, and the time that it takes on the host, between the kernels or before the step.
+
+    What a captured selector records is replayed within the step and cannot be told apart: its clock counts `advance`.
+    """
+
+    def __init__(self, selector):
+        self._selector, self.capturable = selector, selector.capturable
+        self.seconds, self.steps = 0.0, 0
+        self.begin = self._timed(selector.begin)
+        self.neurons = self._timed(selector.neurons)
+        # The oracle's `heads` runs the attention itself, so its time is not that of choosing alone.
+        self.heads = self._timed(selector.heads)
+
+    def advance(self) -> None:
+        if self.steps == 0:
+            self.seconds = 0.0  # recording the step is no part of any step
+        self.steps += 1
+        self._timed(self._selector.advance)()
+
+    def _timed(self, call):
+        def timed(*args):
+            began = perf_counter()
+            result = call(*args)
+            self.seconds += perf_counter() - began
+            return result
+
+        return timed

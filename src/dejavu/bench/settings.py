@@ -1,0 +1,181 @@
+"""What is timed: a subject (a model, or random weights in a shape), and settings of our engine over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from dejavu.bench import shapes
+from dejavu.bench.peers import Source
+from dejavu.checkpoint.layout import allocate
+from dejavu.checkpoint.source import open_checkpoint
+from dejavu.config import Mode, ModelConfig, SelectionConfig
+from dejavu.device import parse_dtype
+from dejavu.errors import ConfigError
+from dejavu.model.decoder import Decoder
+from dejavu.model.load import load_weights
+from dejavu.selection import Selector, make_selector
+from dejavu.selection.fixed import StaticSelector
+
+# Weight formats that this version runs. Quantised ones join here, and in Subject.decoder.
+FORMATS = ("bf16", "fp32")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run our engine.
+
+    Args:
+        mode, selection: what is read; mode "sparse" has a selection, and no other mode.
+        weights: a format of FORMATS.
+        batch: rows, each with a prompt of its own.
+        prompt: tokens of each.
+    Raises: ConfigError naming the field.
+    """
+
+    mode: Mode = "dense"
+    selection: SelectionConfig | None = None
+    weights: str = "bf16"
+    batch: int = 1
+    prompt: int = 128
+
+    def __post_init__(self):
+        if (self.mode == "sparse") != (self.selection is not None):
+            raise ConfigError("mode sparse needs a selection, and no other mode takes one")
+        if self.weights not in FORMATS:
+            raise ConfigError(f"weights {self.weights!r} are not supported; choose one of: {', '.join(FORMATS)}")
+        for name in ("batch", "prompt"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be a positive integer, found {getattr(self, name)}")
+
+    @property
+    def name(self) -> str:
+        """Unlike that of any other setting, and short enough for a table."""
+        parts = [self.mode]
+        if s := self.selection:
+            parts += [s.policy, f"{_percent(s.mlp_density)}/{_percent(s.attn_density)}", s.kv]
+        return " ".join([*parts, self.weights, f"B{self.batch}", f"P{self.prompt}"])
+
+    def check(self, config: ModelConfig, new_tokens: int) -> None:
+        """Raises: ConfigError where the model cannot run this."""
+        if self.mode not in config.modes:
+            raise ConfigError(f"mode {self.mode!r} is not one of this model's: {', '.join(config.modes)}")
+        need, context = self.prompt + new_tokens, config.max_position_embeddings
+        if need > context:
+            raise ConfigError(
+                f"prompt {self.prompt} and {new_tokens} new tokens are {need - context} more than the model's context "
+                f"of {context}; shorten them"
+            )
+        if self.selection is not None:
+            self.selection.counts(0, config)
+
+
+def _percent(density: float | tuple[float, ...]) -> str:
+    return "by layer" if isinstance(density, tuple) else f"{density:.3g}"
+
+
+SelectorFor = Callable[[Decoder, Setting], Selector]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and its peers' source. Make one with `model` or `shape`.
+
+    Args:
+        about: what a record says of it.
+        config: of the decoder.
+        source: the same model for the peers.
+        decoder: makes ours in a weight format.
+        selector: makes the selector of a setting; replace it to time others, predictors of random weights say.
+    """
+
+    about: dict[str, Any]
+    config: ModelConfig
+    source: Source
+    decoder: Callable[[str], Decoder]
+    selector: SelectorFor = field(default=lambda decoder, setting: policy_selector(decoder, setting))
+
+    @property
+    def title(self) -> str:
+        return self.about.get("model") or f"{self.about['shape']}, random weights"
+
+    def weight_bytes(self, weights: str) -> int:
+        """Memory of our weights in a format."""
+        sizes: list[int] = []
+        allocate(self.config, parse_dtype(weights), lambda shape, dtype: sizes.append(prod(shape) * dtype.itemsize))
+        return sum(sizes)
+
+
+def model(name: str, ops: ModuleType) -> Subject:
+    """A checkpoint: a folder, a hub id, or the bundled model. Raises: CheckpointError."""
+    checkpoint = open_checkpoint(name)
+    return Subject(
+        {"model": checkpoint.name, "model_hash": checkpoint.hash},
+        shapes.parse(checkpoint.config),
+        Source(checkpoint.config, checkpoint.path),
+        lambda weights: Decoder(*load_weights(checkpoint, ops=ops, dtype=weights), ops),
+    )
+
+
+def shape(name: str, ops: ModuleType, seed: int = 0, activity: float = 0.1) -> Subject:
+    """Random weights in a named shape, of which a share `activity` of the neurons fires. Raises: ConfigError.
+
+    Its policy `static` reads random sets that stay, since no text could say which units matter.
+    """
+    raw = shapes.shape(name)
+    config = shapes.parse(raw)
+    activity = activity if config.mlp_bias else 0.5
+    return Subject(
+        {"shape": name, "weights": "random", "seed": seed, "activity": activity},
+        config,
+        Source(raw, None, seed),
+        lambda weights: Decoder(config, shapes.random_weights(config, parse_dtype(weights), ops, seed, activity), ops),
+    )
+
+
+def policy_selector(decoder: Decoder, setting: Setting) -> Selector:
+    """The policy of a setting's selection; `static` reads `fixed_sets`."""
+    if setting.selection.policy == "static":
+        return fixed_sets(decoder.config, setting.selection, setting.batch)
+    return make_selector(setting.selection, decoder.config, decoder.weights, decoder.ops)
+
+
+def fixed_sets(config: ModelConfig, selection: SelectionConfig, batch: int = 1) -> StaticSelector:
+    """Random units of each layer, the same for all tokens: what reading costs, with no choosing in it.
+
+    With a batch it is the union of a set for each row, drawn independently: the most that a union can be on average.
+    """
+    generator, importance, counts = torch.Generator().manual_seed(selection.seed), [], []
+    for layer in range(config.num_hidden_layers):
+        totals = config.num_attention_heads, config.intermediate_size
+        chosen = [torch.zeros(total) for total in totals]
+        for mask, k in zip(chosen, selection.counts(layer, config), strict=True):
+            for _ in range(batch):
+                mask[torch.randperm(mask.numel(), generator=generator)[:k]] = 1
+        importance.append(tuple(chosen))
+        counts.append(tuple(int(mask.sum()) for mask in chosen))
+    return StaticSelector(counts, importance)
+
+
+def grid(
+    modes: Sequence[Mode],
+    selections: Sequence[SelectionConfig],
+    weights: Sequence[str],
+    batches: Sequence[int],
+    prompts: Sequence[int],
+) -> list[Setting]:
+    """Every combination, each once; selections go with mode "sparse" only."""
+    every = [
+        Setting(mode, selection, form, batch, prompt)
+        for prompt in prompts
+        for batch in batches
+        for form in weights
+        for mode in modes
+        for selection in (selections if mode == "sparse" else (None,))
+    ]
+    return list(dict.fromkeys(every))

@@ -1,0 +1,159 @@
+"""`dejavu bench`: decode of a model or of a shape, beside its peers, in one run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dejavu.cli.options import Backend, Json, Threads
+from dejavu.config import SelectionConfig
+from dejavu.errors import ConfigError
+
+DEFAULT = SelectionConfig()
+# Of the tables where no terminal says how wide it is: names of settings are long.
+WIDTH = 160
+
+
+def bench(
+    model: Annotated[str | None, typer.Argument(help="A folder or hub id. [default: the bundled model]")] = None,
+    shape: Annotated[str | None, typer.Option(help="Random weights in a public shape, opt-6.7b say.")] = None,
+    mode: Annotated[list[str] | None, typer.Option(help="dense, exact, sparse. [default: dense and exact]")] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="Of mode sparse. [default: oracle; static, random sets that stay, for a shape]")
+    ] = None,
+    mlp_density: Annotated[list[float] | None, typer.Option(help="Of mode sparse. [default: 0.1]")] = None,
+    attn_density: Annotated[list[float] | None, typer.Option(help="Of mode sparse. [default: 1]")] = None,
+    kv: Annotated[str, typer.Option(help="Of mode sparse: full, or lazy.")] = DEFAULT.kv,
+    dtype: Annotated[str, typer.Option(help="Of the weights where --weights is not given: bf16 or fp32.")] = "bf16",
+    weights: Annotated[list[str] | None, typer.Option(help="Formats of our weights. [default: --dtype]")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Rows. [default: 1]")] = None,
+    prompt: Annotated[list[int] | None, typer.Option(help="Tokens of each row's prompt. [default: 128]")] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are timed in each round.")] = 64,
+    repeat: Annotated[int, typer.Option(min=1, help="Rounds.")] = 5,
+    threads: Threads = None,
+    backend: Backend = "auto",
+    peers: Annotated[list[str] | None, typer.Option(help="Peers by name, or none. [default: all installed]")] = None,
+    peer_weights: Annotated[list[str] | None, typer.Option(help="Formats of theirs. [default: as ours]")] = None,
+    work: Annotated[Path | None, typer.Option(help="Keep the peers' converted models in this folder.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="A folder for figures and bench.jsonl.")] = None,
+    activity: Annotated[
+        float | None,
+        typer.Option(help="Of random weights: the share of neurons that fire. [default: 0.999 with sparse, else 0.1]"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of random weights and random sets.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Time decoding, settings and peers in turn; options of several values may be given several times.
+
+    Random weights show speed, never quality. Peers run with batch 1.
+
+    Example: dejavu bench --peers none -o results
+
+    Example: dejavu bench --shape opt-1.3b --mode dense --mode sparse --mlp-density 0.1 --attn-density 0.42 --kv lazy
+    """
+    from rich.console import Console
+
+    from dejavu.bench import record, report, settings
+    from dejavu.bench.overhead import overhead_share
+    from dejavu.bench.run import measure
+    from dejavu.checkpoint.source import BUNDLED
+    from dejavu.engine.engine import Engine, set_threads
+    from dejavu.kernels import backend as load_backend
+
+    if model is not None and shape is not None:
+        raise typer.BadParameter("give either MODEL or --shape")
+    ops = load_backend(backend, "cpu")
+    set_threads(ops, threads)
+    if activity is None:
+        # What a predictor selects mostly fires; a random set would else read a tenth of its fc2 rows.
+        activity = 0.999 if "sparse" in (mode or ()) else 0.1
+    subject = settings.shape(shape, ops, seed, activity) if shape else settings.model(model or BUNDLED, ops)
+    selections = [
+        SelectionConfig(policy or ("static" if shape else "oracle"), mlp, attn, kv=kv, seed=seed)
+        for mlp in mlp_density or (0.1,)
+        for attn in attn_density or (1.0,)
+    ]
+    if policy == "static" and not shape:
+        raise ConfigError("policy static needs a text to find its units on; it is timed with --shape only")
+    modes = mode or [m for m in ("dense", "exact") if m in subject.config.modes]
+    formats, prompts = weights or [dtype], prompt or [128]
+    chosen = settings.grid(modes, selections, formats, batch or [1], prompts)
+    others = _peer_runs(peers, peer_weights or formats, prompts, subject.source.config)
+    if output is not None and output.exists() and not output.is_dir():
+        raise ConfigError(f"{output}: is not a folder; choose another place")
+
+    err = Console(stderr=True)
+    with _Bar(err) as bar:
+        fields = measure(
+            subject, ops, chosen, others, new_tokens=new_tokens, repeat=repeat, threads=threads, work=work, progress=bar
+        )
+    fields = {"backend": ops.__name__.rpartition(".")[2], **fields}
+    if not shape:
+        engine = Engine.load(model or BUNDLED, dtype=formats[0], threads=threads, backend=backend)
+        ids = [engine.config.bos_token_id or 0] * min(prompts)
+        fields["overhead_share"] = overhead_share(engine, ids, new_tokens)
+    if output is not None:
+        title = f"{subject.title}, {fields['threads']} threads"
+        files = report.save(report.figures(fields, title), output)
+        fields = record.append(output / "bench.jsonl", benchmark="bench", **fields)
+        err.print(f"wrote {', '.join(str(file) for file in [*files, output / 'bench.jsonl'])}", highlight=False)
+    if as_json:
+        typer.echo(json.dumps(fields))
+        return
+    out = Console()
+    if not out.is_terminal:
+        out.width = WIDTH
+    for table in report.tables(fields, subject.title):
+        out.print(table)
+    if "overhead_share" in fields:
+        out.print(f"outside of the kernels: {fields['overhead_share']:.1%} of a token's time, {engine.mode}")
+
+
+def _peer_runs(names: list[str] | None, formats: list[str], prompts: list[int], config: dict) -> list:
+    """Each peer in each format that it has; what cannot run is said on stderr, and is an error where it was named."""
+    from dejavu.bench.peers import PEERS, peer
+    from dejavu.bench.run import PeerRun
+
+    if names is not None and "none" in names:
+        if len(names) > 1:
+            raise ConfigError("--peers none goes with no other peer")
+        return []
+    runs = []
+    for other in [peer(name) for name in names] if names else PEERS.values():
+        try:
+            offered = other.formats()
+            for form in formats:
+                if form in offered or names:
+                    other.check(form, config)
+                    runs += [PeerRun(other.name, form, prompt) for prompt in prompts]
+                else:
+                    typer.echo(f"{other.name}: offers {', '.join(offered)} here, not {form}", err=True)
+        except ConfigError as error:
+            if names:
+                raise
+            typer.echo(str(error), err=True)
+    return runs
+
+
+class _Bar:
+    """Progress on stderr, with the time left."""
+
+    def __init__(self, console):
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._progress.add_task("preparing", total=None)
+
+    def __enter__(self):
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error):
+        self._progress.stop()
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        self._progress.update(self._task, description=name, completed=done, total=total)

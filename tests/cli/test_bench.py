@@ -1,0 +1,88 @@
+"""`dejavu bench` in process: a record, figures, a table; every bad input in one line."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from dejavu.bench import run as bench
+from dejavu.bench import shapes
+from dejavu.cli.main import app
+
+TINY = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "vocab_size": 500, "max_position_embeddings": 64}  # fmt: skip
+SHORT = ("--new-tokens", "2", "--repeat", "1", "--threads", "1", "--prompt", "4")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setitem(shapes.SHAPES, "tiny", shapes.SHAPES["opt-125m"] | TINY)
+    monkeypatch.setattr(bench, "read_bandwidth", lambda ops: 1e9)
+
+
+def run(*args):
+    return CliRunner().invoke(app, ["bench", *args])
+
+
+def test_a_shape_with_a_peer_writes_figures_and_a_record(tmp_path):
+    folder = tmp_path / "out"
+    args = ("--shape", "tiny", *SHORT, "--mode", "dense", "--mode", "sparse", "--mlp-density", "0.1")
+    args += ("--mlp-density", "0.5", "--attn-density", "0.5", "--kv", "lazy", "--peers", "hf-eager", "-o", str(folder))
+    for count in (1, 2):
+        done = run(*args, "--json")
+        assert done.exit_code == 0, done.output
+        record = json.loads(done.stdout)
+        assert [json.loads(line)["shape"] for line in (folder / "bench.jsonl").read_text().splitlines()] == [
+            "tiny"
+        ] * count
+    assert record["weights"] == "random"
+    assert [r.get("mode", r.get("peer")) for r in record["results"].values()] == [
+        "dense",
+        "sparse",
+        "sparse",
+        "hf-eager",
+    ]
+    assert {p.name for p in folder.iterdir()} == {
+        "bench.jsonl", "times.png", "times.svg", "density.png", "density.svg"
+    }  # fmt: skip
+
+
+def test_a_model_shows_a_table_and_its_overhead():
+    done = run(*SHORT, "--peers", "none")
+    assert done.exit_code == 0, done.output
+    assert "dense bf16 B1 P4" in done.stdout
+    assert "exact bf16 B1 P4" in done.stdout
+    assert "outside of the kernels" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--shape", "opt-7b"), "did you mean opt-6.7b?"),
+        (("--peers", "openvin"), "did you mean openvino?"),
+        (("--peers", "none", "--peers", "hf-eager"), "none goes with no other peer"),
+        (("--peers", "hf-eager", "--peer-weights", "int4"), "offers weights bf16, fp32 here"),
+        (("--mode", "sparse", "--mlp-density", "0"), "mlp_density must be in (0, 1], found 0"),
+        (("--mode", "sparse", "--attn-density", "1.5"), "attn_density must be in (0, 1], found 1.5"),
+        (("--mode", "sparce"), "'sparce' is not one of this model's: dense, exact, sparse"),
+        (("--shape", "tiny", "--prompt", "64"), "more than the model's context of 64"),
+        (("--weights", "int3"), "weights 'int3' are not supported"),
+        (("--policy", "static", "--mode", "sparse"), "policy static needs a text"),
+        (("--threads", "0"), "threads must be a positive integer, found 0"),
+    ],
+)
+def test_bad_input_is_one_line(args, message):
+    done = run("--peers", "none", *args) if "--peers" not in args else run(*args)
+    assert (done.exit_code, done.stdout) == (1, ""), done.output
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+def test_ctrl_c_writes_nothing(monkeypatch, tmp_path):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "decode_times", stop)
+    done = run(*SHORT, "--peers", "none", "-o", str(tmp_path / "out"))
+    assert done.exit_code != 0
+    assert not (tmp_path / "out").exists()
