@@ -2,23 +2,16 @@
 // the vec_*.h of that set, inside namespace dejavu::<set>.
 
 #include "rows.h"
+#include "quantized.h"
 
 // Neurons that one pass of the MLP holds: their rows in the caches, their activations in L1.
 constexpr int64_t kBlock = 32;
 
-// The order in which `count` adjacent rows are read, four at a time: from the four quarters of the range in turn. So
-// the four streams lie far apart and each runs on; four short rows in one page confuse the hardware's prefetchers
+// The order in which `count` adjacent rows are read, `streams` at a time: from as many parts of the range in turn. So
+// the streams lie far apart and each runs on; four short rows in one page confuse the hardware's prefetchers
 // (dense rows of C = 512 in bf16: 20 GB/s in plain order, 30 so).
-inline int64_t spread(int64_t i, int64_t count) {
-  return count % kRows ? i : i % kRows * (count / kRows) + i / kRows;
-}
-
-// Scratch of one thread, grown once and kept.
-template <class T, int Tag>
-T* scratch(int64_t n) {
-  thread_local std::vector<T> buffer;
-  if (static_cast<int64_t>(buffer.size()) < n) buffer.resize(n);
-  return buffer.data();
+inline int64_t spread(int64_t i, int64_t count, int64_t streams) {
+  return count % streams ? i : i % streams * (count / streams) + i / streams;
 }
 
 inline uint16_t to_bf16(float x) {
@@ -27,8 +20,12 @@ inline uint16_t to_bf16(float x) {
   if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>((bits >> 16) | 0x40);  // NaN stays NaN
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // nearest, ties to even
 }
-inline void put(float* p, float x) { *p = x; }
-inline void put(uint16_t* p, float x) { *p = to_bf16(x); }
+inline void put(void* cache, DType type, int64_t at, float x) {
+  if (type == DType::f32)
+    static_cast<float*>(cache)[at] = x;
+  else
+    static_cast<uint16_t*>(cache)[at] = to_bf16(x);
+}
 
 inline float activate(float x, Act act, float threshold) {
   switch (act) {
@@ -49,14 +46,14 @@ const float* const* pointers(const float* p, int64_t count, int64_t stride) {
   return out;
 }
 
-template <class T>
+template <class F>
 void embed(const EmbedArgs& a, int64_t b) {
-  const T* row = static_cast<const T*>(a.table) + (a.ids[b] + a.offset) * a.width;
-  float* out = a.out + b * a.width;
-  for_vecs(a.width, [&](int64_t i, int64_t n) {
-    const Vec w = load(row + i, n);
-    store(out + i, a.add ? add(load(out + i, n), w) : w, n);
-  });
+  using T = typename F::Element;
+  const T* row = static_cast<const T*>(a.table.data) + (a.ids[b] + a.offset) * a.table.stride;
+  float* out = a.out + b * a.table.width;
+  if (!a.add) std::fill_n(out, a.table.width, 0.0f);
+  const float one = 1;
+  F(a.table).template axpy<1, 1>(&row, nullptr, &one, 0, 0, &out);
 }
 
 void reduce(const ReduceArgs& a, int64_t unit) {
@@ -94,26 +91,30 @@ void norm(const NormArgs& a, int64_t b) {
   });
 }
 
-template <class T>
+template <class F>
 void linear(const LinearArgs& a, int64_t unit) {
+  using T = typename F::Element;
+  constexpr int64_t S = F::kStreams;
   const int64_t first = unit * a.rows_per_unit, count = std::min(a.rows_per_unit, a.rows - first);
-  const T** rows = scratch<const T*, 0>(count + kRows);
-  auto row = [&](int64_t i) { return static_cast<const T*>(a.weight) + std::min(i, a.rows - 1) * a.width; };
-  for (int64_t i = 0; i < count; ++i) rows[i] = row(first + spread(i, count));
+  const T** rows = scratch<const T*, 0>(count + S);
+  auto row = [&](int64_t i) { return static_cast<const T*>(a.weight.data) + std::min(i, a.rows - 1) * a.weight.stride; };
+  for (int64_t i = 0; i < count; ++i) rows[i] = row(first + spread(i, count, S));
   // Then the next unit's: likely this thread's, and in the shared cache if not.
-  for (int64_t k = 0; k < kRows; ++k) rows[count + k] = row(first + count + spread(k, a.rows_per_unit));
+  for (int64_t k = 0; k < S; ++k) rows[count + k] = row(first + count + spread(k, a.rows_per_unit, S));
   float* out = scratch<float, 3>(count * a.batch);
-  dot_rows(rows, count, count + kRows, pointers<1>(a.x, a.batch, a.width), a.batch, a.width, out, a.batch, 1);
+  const float* const* x = pointers<1>(a.x, a.batch, a.weight.width);
+  dot_rows(F(a.weight), rows, count, count + S, x, a.batch, out, a.batch, 1);
   for (int64_t i = 0; i < count; ++i)
-    for (int64_t b = 0, n = first + spread(i, count); b < a.batch; ++b)
+    for (int64_t b = 0, n = first + spread(i, count, S); b < a.batch; ++b)
       a.out[b * a.rows + n] = out[i * a.batch + b] + (a.bias ? a.bias[n] : 0.0f);
 }
 
 // One unit: a share of the D rows of one part (a query head, the keys or the values) of one group, for all the
 // tokens that need it. With rotary positions rows i and i + D/2 go together, since they rotate each other.
-template <class T>
+template <class F>
 void qkv(const QkvArgs& a, int64_t unit) {
-  const int64_t G = a.groups, r = a.heads_per_group, D = a.head_dim, C = a.width;
+  using T = typename F::Element;
+  const int64_t G = a.groups, r = a.heads_per_group, D = a.head_dim, C = a.blocks.width, S = F::kStreams;
   const int64_t index = unit / a.splits, split = unit % a.splits;
   const int64_t id = a.plan ? a.plan[1 + index] : index;
   const int64_t g = id / (r + 2), part = id % (r + 2);
@@ -135,16 +136,16 @@ void qkv(const QkvArgs& a, int64_t unit) {
 
   const int64_t pairs = rotary ? D / 2 : D, low = split * pairs / a.splits, high = (split + 1) * pairs / a.splits;
   const int64_t half = high - low, count = rotary ? 2 * half : half;
-  const T* block = static_cast<const T*>(a.blocks) + (g * (2 * r + 2) + part) * D * C;
+  const T* block = static_cast<const T*>(a.blocks.data) + (g * (2 * r + 2) + part) * D * a.blocks.stride;
   const T** rows = scratch<const T*, 0>(count);
   for (int64_t k = 0; k < count; ++k) {
-    const int64_t i = spread(k, count);
-    rows[k] = block + (i < half ? low + i : low + i - half + D / 2) * C;
+    const int64_t i = spread(k, count, S);
+    rows[k] = block + (i < half ? low + i : low + i - half + D / 2) * a.blocks.stride;
   }
   float* out = scratch<float, 3>(2 * count * tokens);
   float* in_order = out + count * tokens;
-  dot_rows(rows, count, count, x, tokens, C, out, tokens, 1);
-  for (int64_t k = 0; k < count; ++k) std::copy_n(out + k * tokens, tokens, in_order + spread(k, count) * tokens);
+  dot_rows(F(a.blocks), rows, count, count, x, tokens, out, tokens, 1);
+  for (int64_t k = 0; k < count; ++k) std::copy_n(out + k * tokens, tokens, in_order + spread(k, count, S) * tokens);
 
   for (int64_t t = 0; t < tokens; ++t) {
     const int64_t b = where[2 * t], position = where[2 * t + 1];
@@ -153,7 +154,7 @@ void qkv(const QkvArgs& a, int64_t unit) {
       if (is_q)
         a.q[(b * G * r + g * r + part) * D + d] = value;
       else
-        put(static_cast<T*>(part == r ? a.k_cache : a.v_cache) + cached + d, value);
+        put(part == r ? a.k_cache : a.v_cache, a.cache_type, cached + d, value);
     };
     auto value = [&](int64_t i, int64_t d) {
       return in_order[i * tokens + t] + (a.bias ? a.bias[(g * (r + 2) + part) * D + d] : 0.0f);
@@ -195,7 +196,7 @@ void attend(const AttendArgs& a, int64_t unit) {
     rows[s] = static_cast<const T*>(a.k_cache) + at + s * D;
     rows[n + s] = static_cast<const T*>(a.v_cache) + at + s * D;
   }
-  dot_rows(rows, n, 2 * n, q, heads, D, scores, 1, n);
+  dot_rows(Plain<T>(D), rows, n, 2 * n, q, heads, scores, 1, n);
 
   const Vec scale = set1(a.scale);
   for (int64_t h = 0; h < heads; ++h) {
@@ -211,12 +212,14 @@ void attend(const AttendArgs& a, int64_t unit) {
     for_vecs(n, [&](int64_t i, int64_t m) { store(p + i, mul(load(p + i, m), inverse), m); });
     std::fill_n(out[h], D, 0.0f);
   }
-  axpy_rows(rows + n, n, n, scores, 1, n, out, heads, D);
+  axpy_rows(Plain<T>(D), rows + n, n, n, scores, 1, n, out, heads);
 }
 
-template <class T>
+template <class F>
 void attn_out(const AttnOutArgs& a, int64_t slice) {
-  const int64_t r = a.heads_per_group, D = a.head_dim, C = a.width, all = a.heads.size(a.groups * r) * D;
+  using T = typename F::Element;
+  const F format(a.blocks);
+  const int64_t r = a.heads_per_group, D = a.head_dim, C = a.blocks.width, all = a.heads.size(a.groups * r) * D;
   const int64_t low = slice * all / a.slices, high = (slice + 1) * all / a.slices;
   float* part = a.partials + slice * a.batch * C;
   std::fill_n(part, a.batch * C, 0.0f);
@@ -225,20 +228,24 @@ void attn_out(const AttnOutArgs& a, int64_t slice) {
   const T** rows = scratch<const T*, 0>(high - low);
   for (int64_t i = low; i < high; ++i) {
     const int64_t h = a.heads.at(i / D);
-    rows[i - low] = static_cast<const T*>(a.blocks) + (((h / r) * (2 * r + 2) + r + 2 + h % r) * D + i % D) * C;
+    const int64_t row = ((h / r) * (2 * r + 2) + r + 2 + h % r) * D + i % D;
+    rows[i - low] = static_cast<const T*>(a.blocks.data) + row * a.blocks.stride;
   }
   for (int64_t i = low; i < high;) {
     const int64_t count = std::min(high, (i / D + 1) * D) - i;  // up to the end of this head
-    axpy_rows(rows + (i - low), count, high - i, a.o + a.heads.at(i / D) * D + i % D, 1, a.groups * r * D, out, a.batch, C);
+    const float* o = a.o + a.heads.at(i / D) * D + i % D;
+    axpy_rows(format, rows + (i - low), count, high - i, o, 1, a.groups * r * D, out, a.batch);
     i += count;
   }
 }
 
 // One unit: a slice of the selected neurons, block by block: dot products with their input rows, the activation,
 // then the sum of the output rows of those that stayed open.
-template <class T>
+template <class F>
 void mlp(const MlpArgs& a, int64_t slice) {
-  const int64_t B = a.batch, C = a.width, kinds = a.row_kinds, all = a.neurons.size(a.neurons_total);
+  using T = typename F::Element;
+  const F format(a.rows);
+  const int64_t B = a.batch, C = a.rows.width, kinds = a.row_kinds, all = a.neurons.size(a.neurons_total);
   const int64_t low = slice * all / a.slices, high = (slice + 1) * all / a.slices;
   const bool gated = kinds == 3;
   float* part = a.partials + slice * B * C;
@@ -250,9 +257,10 @@ void mlp(const MlpArgs& a, int64_t slice) {
   float* up = h + kBlock * B;
   int64_t read[3] = {0, 0, 0};
 
-  const T* rows[kBlock + kRows];
+  constexpr int64_t S = F::kStreams;
+  const T* rows[kBlock + S];
   auto row = [&](int64_t neuron, int64_t kind) {
-    return static_cast<const T*>(a.rows) + (neuron * kinds + kind) * C;
+    return static_cast<const T*>(a.rows.data) + (neuron * kinds + kind) * a.rows.stride;
   };
   for (int64_t i = low; i < high; i += kBlock) {
     const int64_t count = std::min(kBlock, high - i);
@@ -264,14 +272,14 @@ void mlp(const MlpArgs& a, int64_t slice) {
     auto list = [&](int64_t kind, int64_t open) {
       for (int64_t k = 0; k < open; ++k) rows[k] = row(neuron[k], kind);
       const bool next_block = a.exact || kind + 1 == kinds;
-      for (int64_t k = 0; k < kRows; ++k)
+      for (int64_t k = 0; k < S; ++k)
         rows[open + k] = next_block ? row(a.neurons.at(std::min(i + count + k, all - 1)), 0)
                                     : row(neuron[std::min(k, open - 1)], kind + 1);
       read[kind] += open;
     };
     auto dots = [&](int64_t kind, int64_t open, float* to) {
       list(kind, open);
-      dot_rows(rows, open, open + kRows, x, B, C, to, B, int64_t{1});
+      dot_rows(format, rows, open, open + S, x, B, to, B, 1);
       if (a.bias)
         for (int64_t k = 0; k < open; ++k)
           for (int64_t b = 0; b < B; ++b) to[k * B + b] += a.bias[neuron[k] * (kinds - 1) + kind];
@@ -298,7 +306,7 @@ void mlp(const MlpArgs& a, int64_t slice) {
     }
     if (open) {
       list(kinds - 1, open);
-      axpy_rows(rows, open, open + kRows, h, B, int64_t{1}, out, B, C);
+      axpy_rows(format, rows, open, open + S, h, B, 1, out, B);
     }
   }
   if (a.rows_read)
@@ -319,17 +327,20 @@ void read_memory(const ReadArgs& a, int64_t unit) {
   a.sink[unit] = sum(add(add(acc[0], acc[1]), add(acc[2], acc[3])));
 }
 
+using F32 = Plain<float>;
+using Bf16 = Plain<uint16_t>;
+
 inline const Kernels& table(const char* name) {
   static const Kernels kernels = {
       name,
-      {embed<float>, embed<uint16_t>},
+      {embed<F32>, embed<Bf16>, embed<Int8>, embed<Int4<false>>, embed<Int4<true>>, nullptr},
       reduce,
       norm,
-      {linear<float>, linear<uint16_t>},
-      {qkv<float>, qkv<uint16_t>},
+      {linear<F32>, linear<Bf16>, linear<Int8>, linear<Int4<false>>, linear<Int4<true>>, linear<Signs>},
+      {qkv<F32>, qkv<Bf16>, qkv<Int8>, qkv<Int4<false>>, qkv<Int4<true>>, nullptr},
       {attend<float>, attend<uint16_t>},
-      {attn_out<float>, attn_out<uint16_t>},
-      {mlp<float>, mlp<uint16_t>},
+      {attn_out<F32>, attn_out<Bf16>, attn_out<Int8>, attn_out<Int4<false>>, attn_out<Int4<true>>, nullptr},
+      {mlp<F32>, mlp<Bf16>, mlp<Int8>, mlp<Int4<false>>, mlp<Int4<true>>, nullptr},
       read_memory,
   };
   return kernels;

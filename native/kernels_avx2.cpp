@@ -7,7 +7,7 @@
 
 #include "ops.h"
 
-#if defined(__AVX2__) && defined(__FMA__)
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include "vec_avx2.h"
 
 namespace dejavu::avx2 {
@@ -15,7 +15,8 @@ namespace dejavu::avx2 {
 }  // namespace dejavu::avx2
 
 const dejavu::Kernels* dejavu::kernels_avx2() {
-  static const bool runs = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  static const bool runs =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   return runs ? &avx2::table("avx2") : nullptr;
 }
 #else

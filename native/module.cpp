@@ -50,12 +50,36 @@ bool contiguous(const Array& a) {
   return true;
 }
 
-DType weight_type(const Array& a) {
+DType float_type(const Array& a) {
   const auto code = static_cast<nb::dlpack::dtype_code>(a.dtype().code);
   if (code == nb::dlpack::dtype_code::Float && a.dtype().bits == 32) return DType::f32;
   require(code == nb::dlpack::dtype_code::Bfloat && a.dtype().bits == 16, "weights must be float32 or bfloat16");
   return DType::bf16;
 }
+
+// An array whose last dimension is a row of weights: plain, or of `bits` bits as kernels/quantized.py lays them out.
+struct Weights {
+  Array array;
+  Format format;
+  int64_t width, group = 0;
+
+  explicit Weights(const Array& a) : array(a), format(Format(float_type(a))), width(a.shape(a.ndim() - 1)) {}
+  Weights(const Array& a, int64_t row_width, int bits, int64_t row_group, bool zero_point)
+      : array(a), width(row_width), group(row_group) {
+    require(a.dtype() == nb::dtype<uint8_t>() && a.ndim() > 0, "quantised rows must be uint8");
+    require(bits == 8 || bits == 1 || (bits == 4 && (group == 32 || group == 64 || group == 128)),
+            "unknown format of quantised rows");
+    format = bits == 8 ? Format::int8 : bits == 1 ? Format::signs : zero_point ? Format::int4z : Format::int4;
+    const int64_t padded = ceil_div(width, 64) * 64, scales = bits == 4 ? 2 * ceil_div(padded, group) : 4;
+    const int64_t bytes = padded * bits / 8 + scales * (zero_point ? 2 : 1);
+    require(width > 0 && stride() == ceil_div(bytes, 64) * 64, "quantised rows have the wrong size");
+  }
+  size_t ndim() const { return array.ndim(); }
+  int64_t shape(size_t i) const { return i + 1 == ndim() ? width : array.shape(i); }
+  // Elements from row to row, and their size in bytes.
+  int64_t stride() const { return array.shape(ndim() - 1); }
+  int64_t row_bytes() const { return stride() * array.itemsize(); }
+};
 
 // A node is one kernel with its arguments.
 template <class Args>
@@ -76,12 +100,12 @@ struct PlanNode final : Pool::Node {
   int64_t units() const override { return 1; }
   void run(int64_t) const override {
     const QkvArgs& a = args;
-    const int64_t G = a.groups, r = a.heads_per_group, B = a.batch;
+    const int64_t G = a.groups, r = a.heads_per_group, B = a.batch, C = a.blocks.width;
     int32_t *count = a.plan, *parts = a.plan + 1, *first = parts + G * (r + 2);
     *count = 0;
     if (a.hidden)
       for (int64_t b = 0; b < B; ++b)
-        std::copy_n(a.x + b * a.width, a.width, a.hidden + (b * a.pending + a.positions[b] % a.pending) * a.width);
+        std::copy_n(a.x + b * C, C, a.hidden + (b * a.pending + a.positions[b] % a.pending) * C);
     int64_t i = 0;
     const int64_t selected = a.heads.size(G * r);
     for (int64_t g = 0; g < G; ++g) {
@@ -115,11 +139,10 @@ class Tape {
 
   size_t size() const { return order_.size(); }
 
-  void embed(const Array& ids, const Array& table, const Array& out, int64_t offset, bool add) {
-    const int64_t batch = ids.shape(0), width = table.shape(1);
-    require(out.ndim() == 2 && int64_t(out.shape(0)) == batch && int64_t(out.shape(1)) == width, "embed: shapes");
-    const DType t = weight_type(table);
-    push(EmbedArgs{ints(ids), raw(table), floats(out), batch, width, offset, add}, kernels->embed[int(t)]);
+  void embed(const Array& ids, const Weights& table, const Array& out, int64_t offset, bool add) {
+    const int64_t batch = ids.shape(0);
+    require(out.ndim() == 2 && int64_t(out.shape(0)) == batch && int64_t(out.shape(1)) == table.width, "embed: shapes");
+    push(EmbedArgs{ints(ids), rows(table), floats(out), batch, offset, add}, kernels->embed[int(table.format)]);
   }
 
   void add_norm(const Array& x, const MaybeArray& partials, const MaybeArray& partial_bias, const MaybeArray& weight,
@@ -136,31 +159,32 @@ class Tape {
     push(a, kernels->norm);
   }
 
-  void linear(const Array& x, const Array& weight, const MaybeArray& bias, const Array& out) {
-    const int64_t batch = x.shape(0), width = x.shape(1), rows = weight.shape(0);
-    require(int64_t(weight.shape(1)) == width && int64_t(out.shape(1)) == rows, "linear: shapes");
-    const DType t = weight_type(weight);
-    // About 64 KB a unit, so that threads finish together, in whole groups of four rows.
-    const int64_t per_unit = ceil_div(std::max<int64_t>(1, 65536 / (width * size_of(t))), 4) * 4;
-    push(LinearArgs{floats(x), raw(weight), floats(bias, rows), floats(out), batch, width, rows, per_unit},
-         kernels->linear[int(t)]);
+  void linear(const Array& x, const Weights& weight, const MaybeArray& bias, const Array& out) {
+    const int64_t batch = x.shape(0), count = weight.shape(0);
+    require(weight.ndim() == 2 && weight.width == int64_t(x.shape(1)) && int64_t(out.shape(1)) == count,
+            "linear: shapes");
+    // About 64 KB a unit, so that threads finish together, in whole groups of rows that are read at a time.
+    const int64_t streams = weight.format >= Format::int8 ? 8 : 4;
+    const int64_t per_unit = ceil_div(std::max<int64_t>(1, 65536 / weight.row_bytes()), streams) * streams;
+    push(LinearArgs{floats(x), rows(weight), floats(bias, count), floats(out), batch, count, per_unit},
+         kernels->linear[int(weight.format)]);
   }
 
-  void attn_qkv(const Array& x, const Array& blocks, const MaybeArray& bias, const MaybeArray& cos_sin,
+  void attn_qkv(const Array& x, const Weights& blocks, const MaybeArray& bias, const MaybeArray& cos_sin,
                 const Array& positions, const Array& k_cache, const Array& v_cache, const MaybeArray& head_idx,
                 const MaybeArray& head_count, const MaybeArray& hidden, const MaybeArray& kv_len, const Array& q,
                 const MaybeArray& plan) {
     QkvArgs a{};
-    a.batch = x.shape(0), a.width = x.shape(1);
+    a.batch = x.shape(0);
     a.groups = blocks.shape(0), a.heads_per_group = (int64_t(blocks.shape(1)) - 2) / 2, a.head_dim = blocks.shape(2);
     a.capacity = k_cache.shape(2);
-    require(int64_t(blocks.shape(3)) == a.width && int64_t(k_cache.shape(1)) == a.groups &&
+    require(blocks.width == int64_t(x.shape(1)) && int64_t(k_cache.shape(1)) == a.groups &&
                 int64_t(k_cache.shape(0)) == a.batch && int64_t(k_cache.shape(3)) == a.head_dim,
             "attn_qkv: shapes");
-    const DType t = weight_type(blocks);
-    require(weight_type(k_cache) == t && weight_type(v_cache) == t, "attn_qkv: the cache must have the weights' dtype");
+    a.cache_type = float_type(k_cache);
+    require(float_type(v_cache) == a.cache_type, "attn_qkv: keys and values must have one dtype");
     require(!cos_sin || a.head_dim % 2 == 0, "attn_qkv: rotary positions need an even head_dim");
-    a.x = floats(x), a.blocks = raw(blocks), a.bias = floats(bias, a.groups * (a.heads_per_group + 2) * a.head_dim);
+    a.x = floats(x), a.blocks = rows(blocks), a.bias = floats(bias, a.groups * (a.heads_per_group + 2) * a.head_dim);
     a.cos_sin = cos_sin ? floats(*cos_sin) : nullptr;
     a.positions = ints(positions), a.k_cache = raw(k_cache), a.v_cache = raw(v_cache), a.q = floats(q);
     a.heads = selection(head_idx, head_count);
@@ -170,14 +194,14 @@ class Tape {
     }
     // About 128 KB a unit.
     const int64_t pairs = std::max<int64_t>(1, a.head_dim / 2);
-    a.splits = std::clamp<int64_t>(a.head_dim * a.width * size_of(t) / 131072, 1, pairs);
+    a.splits = std::clamp<int64_t>(a.head_dim * blocks.row_bytes() / 131072, 1, pairs);
     if (hidden || head_idx) {
       const size_t need = 1 + a.groups * (a.heads_per_group + 2) + a.batch * a.groups;
       require(plan && plan->size() >= need, "attn_qkv: plan is too small");
       a.plan = ints(*plan);
       own(std::make_unique<PlanNode>(a));
     }
-    push(a, kernels->qkv[int(t)]);
+    push(a, kernels->qkv[int(blocks.format)]);
   }
 
   void attend(const Array& q, const Array& k_cache, const Array& v_cache, const Array& positions,
@@ -188,36 +212,36 @@ class Tape {
     a.head_dim = q.shape(2), a.capacity = k_cache.shape(2), a.window = window, a.scale = scale;
     a.q = floats(q), a.k_cache = raw(k_cache), a.v_cache = raw(v_cache), a.positions = ints(positions);
     a.out = floats(out), a.heads = selection(head_idx, head_count);
-    push(a, kernels->attend[int(weight_type(k_cache))]);
+    push(a, kernels->attend[int(float_type(k_cache))]);
   }
 
-  void attn_out(const Array& o, const Array& blocks, const MaybeArray& head_idx, const MaybeArray& head_count,
+  void attn_out(const Array& o, const Weights& blocks, const MaybeArray& head_idx, const MaybeArray& head_count,
                 const Array& partials) {
     AttnOutArgs a{};
-    a.batch = o.shape(0), a.width = blocks.shape(3), a.groups = blocks.shape(0);
+    a.batch = o.shape(0), a.groups = blocks.shape(0);
     a.heads_per_group = (int64_t(blocks.shape(1)) - 2) / 2, a.head_dim = blocks.shape(2), a.slices = partials.shape(0);
     require(int64_t(o.shape(1)) == a.groups * a.heads_per_group && int64_t(o.shape(2)) == a.head_dim &&
-                int64_t(partials.shape(2)) == a.width,
+                int64_t(partials.shape(2)) == blocks.width,
             "attn_out: shapes");
-    a.o = floats(o), a.blocks = raw(blocks), a.partials = floats(partials), a.heads = selection(head_idx, head_count);
-    push(a, kernels->attn_out[int(weight_type(blocks))]);
+    a.o = floats(o), a.blocks = rows(blocks), a.partials = floats(partials), a.heads = selection(head_idx, head_count);
+    push(a, kernels->attn_out[int(blocks.format)]);
   }
 
-  void mlp(const Array& x, const Array& rows, const MaybeArray& bias, const MaybeArray& neuron_idx,
+  void mlp(const Array& x, const Weights& weights, const MaybeArray& bias, const MaybeArray& neuron_idx,
            const MaybeArray& neuron_count, const MaybeArray& rows_read, const Array& partials, int act, float threshold,
            bool activate_up, bool exact) {
     MlpArgs a{};
-    a.batch = x.shape(0), a.width = x.shape(1), a.neurons_total = rows.shape(0), a.row_kinds = rows.shape(1);
+    a.batch = x.shape(0), a.neurons_total = weights.shape(0), a.row_kinds = weights.shape(1);
     a.slices = partials.shape(0);
-    require(int64_t(rows.shape(2)) == a.width && (a.row_kinds == 2 || a.row_kinds == 3), "mlp: shapes");
-    a.x = floats(x), a.rows = raw(rows), a.bias = floats(bias, a.neurons_total * (a.row_kinds - 1));
+    require(weights.ndim() == 3 && weights.width == int64_t(x.shape(1)) && (a.row_kinds == 2 || a.row_kinds == 3), "mlp: shapes");
+    a.x = floats(x), a.rows = rows(weights), a.bias = floats(bias, a.neurons_total * (a.row_kinds - 1));
     a.partials = floats(partials), a.neurons = selection(neuron_idx, neuron_count);
     if (rows_read) {
       require(rows_read->dtype() == nb::dtype<int64_t>() && int64_t(rows_read->size()) == a.row_kinds, "mlp: rows_read");
       a.rows_read = static_cast<int64_t*>(raw(*rows_read));
     }
     a.act = Act(act), a.threshold = threshold, a.activate_up = activate_up, a.exact = exact;
-    push(a, kernels->mlp[int(weight_type(rows))]);
+    push(a, kernels->mlp[int(weights.format)]);
   }
 
   // k > 0: the k best of each row of the batch; k = 0: what reaches the threshold in any row.
@@ -240,6 +264,7 @@ class Tape {
     held_.push_back(a);
     return a.data();
   }
+  Rows rows(const Weights& w) { return {raw(w.array), w.width, w.stride(), w.group}; }
   float* floats(const Array& a) {
     require(a.dtype() == nb::dtype<float>(), "expected float32");
     return static_cast<float*>(raw(a));
@@ -262,6 +287,7 @@ class Tape {
   }
   template <class Args>
   void push(const Args& args, void (*kernel)(const Args&, int64_t)) {
+    require(kernel != nullptr, "this op does not exist for weights of this format");
     own(std::make_unique<KernelNode<Args>>(args, kernel));
   }
 
@@ -335,6 +361,10 @@ NB_MODULE(_native, m) {
         kernels = found;
       },
       "isa"_a);
+  nb::class_<Weights>(m, "Weights")
+      .def(nb::init<const Array&>(), "array"_a)
+      .def(nb::init<const Array&, int64_t, int, int64_t, bool>(), "array"_a, "width"_a, "bits"_a, "group"_a,
+           "zero_point"_a);
   nb::class_<Tape>(m, "Tape")
       .def(nb::init<>())
       .def("replay", &Tape::replay)

@@ -8,9 +8,19 @@
 
 namespace dejavu {
 
+// Of caches.
 enum class DType : int { f32 = 0, bf16 = 1 };
 inline constexpr int kDTypes = 2;
-inline int64_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
+
+// Of weights; int4z has a zero point. The layouts are described in kernels/quantized.py.
+enum class Format : int { f32 = 0, bf16, int8, int4, int4z, signs };
+inline constexpr int kFormats = 6;
+
+// Rows of weights: `width` values each, `stride` elements (quantised: bytes) apart, with a scale for each `group`.
+struct Rows {
+  const void* data;
+  int64_t width, stride, group;
+};
 
 // Activations, in the order of config.ACTIVATIONS.
 enum class Act : int { relu = 0, fatrelu, silu, gelu, gelu_tanh };
@@ -26,9 +36,9 @@ struct Selection {
 
 struct EmbedArgs {
   const int32_t* ids;
-  const void* table;  // (V, E)
-  float* out;         // (B, E)
-  int64_t batch, width, offset;
+  Rows table;  // (V, E)
+  float* out;  // (B, E)
+  int64_t batch, offset;
   bool add;  // out += table[ids + offset], else out = table[ids]
 };
 
@@ -50,16 +60,16 @@ struct NormArgs {
 };
 
 struct LinearArgs {
-  const float* x;      // (B, C)
-  const void* weight;  // (N, C)
-  const float* bias;   // (N,) or null
-  float* out;          // (B, N)
-  int64_t batch, width, rows, rows_per_unit;
+  const float* x;     // (B, C)
+  Rows weight;        // (N, C)
+  const float* bias;  // (N,) or null
+  float* out;         // (B, N)
+  int64_t batch, rows, rows_per_unit;
 };
 
 struct QkvArgs {
   const float* x;        // (B, C)
-  const void* blocks;    // (G, 2r+2, D, C)
+  Rows blocks;           // (G, 2r+2, D, C)
   const float* bias;     // (G, r+2, D) or null
   const float* cos_sin;  // (N, D) or null
   const int32_t* positions;
@@ -70,7 +80,8 @@ struct QkvArgs {
   int32_t* kv_len;
   int32_t* plan;  // scratch: see plan_qkv
   Selection heads;
-  int64_t batch, width, groups, heads_per_group, head_dim, capacity, pending, splits;
+  DType cache_type;
+  int64_t batch, groups, heads_per_group, head_dim, capacity, pending, splits;
 };
 
 struct AttendArgs {
@@ -86,20 +97,20 @@ struct AttendArgs {
 
 struct AttnOutArgs {
   const float* o;  // (B, H, D)
-  const void* blocks;
+  Rows blocks;
   float* partials;  // (S, B, C)
   Selection heads;
-  int64_t batch, width, groups, heads_per_group, head_dim, slices;
+  int64_t batch, groups, heads_per_group, head_dim, slices;
 };
 
 struct MlpArgs {
-  const float* x;    // (B, C)
-  const void* rows;  // (I, R, C)
+  const float* x;  // (B, C)
+  Rows rows;       // (I, R, C)
   const float* bias;
   float* partials;  // (S, B, C)
   int64_t* rows_read;  // (R,) or null
   Selection neurons;
-  int64_t batch, width, neurons_total, row_kinds, slices;
+  int64_t batch, neurons_total, row_kinds, slices;
   Act act;
   float threshold;
   bool activate_up, exact;
@@ -111,17 +122,17 @@ struct ReadArgs {
   float* sink;  // one a unit
 };
 
-// One table an instruction set. A kernel runs one unit of its node; `units` says how many there are.
+// One table an instruction set; null where a format has no such kernel. A kernel runs one unit of its node; `units` says how many there are.
 struct Kernels {
   const char* name;
-  void (*embed[kDTypes])(const EmbedArgs&, int64_t unit);
+  void (*embed[kFormats])(const EmbedArgs&, int64_t unit);
   void (*reduce)(const ReduceArgs&, int64_t unit);
   void (*norm)(const NormArgs&, int64_t unit);
-  void (*linear[kDTypes])(const LinearArgs&, int64_t unit);
-  void (*qkv[kDTypes])(const QkvArgs&, int64_t unit);
+  void (*linear[kFormats])(const LinearArgs&, int64_t unit);
+  void (*qkv[kFormats])(const QkvArgs&, int64_t unit);
   void (*attend[kDTypes])(const AttendArgs&, int64_t unit);
-  void (*attn_out[kDTypes])(const AttnOutArgs&, int64_t unit);
-  void (*mlp[kDTypes])(const MlpArgs&, int64_t unit);
+  void (*attn_out[kFormats])(const AttnOutArgs&, int64_t unit);
+  void (*mlp[kFormats])(const MlpArgs&, int64_t unit);
   void (*read)(const ReadArgs&, int64_t unit);
 };
 

@@ -38,97 +38,119 @@ inline void for_lines(const T* const* rows, const T* const* next, int64_t n, Bod
   }
 }
 
-// out[r * row_stride + b * input_stride] = rows[r] . x[b] for R rows and B inputs.
-template <class T, int R, int B>
-inline void dot_tile(const T* const* rows, const T* const* next, const float* const* x, int64_t n, float* out,
-                     int64_t row_stride, int64_t input_stride) {
-  Vec acc[R][B];
-  for (int r = 0; r < R; ++r)
-    for (int b = 0; b < B; ++b) acc[r][b] = zero();
-  for_lines<T, R>(rows, next, n, [&](int64_t i) {
-    for (int v = 0; v < Lines<T>::kVecs; ++v, i += Vec::kLanes) {
-      Vec in[B];
-      for (int b = 0; b < B; ++b) in[b] = load(x[b] + i);
-      for (int r = 0; r < R; ++r) {
-        const Vec w = load(rows[r] + i);
-        for (int b = 0; b < B; ++b) acc[r][b] = fma(w, in[b], acc[r][b]);
-      }
-    }
-  });
-  for (int64_t i = n - n % Lines<T>::kElems; i < n; i += Vec::kLanes) {
-    const int64_t m = n - i < Vec::kLanes ? n - i : Vec::kLanes;
-    for (int b = 0; b < B; ++b) {
-      const Vec in = load(x[b] + i, m);
-      for (int r = 0; r < R; ++r) acc[r][b] = fma(load(rows[r] + i, m), in, acc[r][b]);
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int b = 0; b < B; ++b) out[r * row_stride + b * input_stride] = sum(acc[r][b]);
-}
+// A row format knows how `kStreams` rows or fewer meet B inputs; Plain is that of float32 and bfloat16.
+template <class T>
+struct Plain {
+  using Element = T;
+  static constexpr int kStreams = kRows;
+  int64_t n;
+  explicit Plain(int64_t width) : n(width) {}
+  explicit Plain(const Rows& rows) : n(rows.width) {}
 
-// out[b] += sum_r c[r * row_stride + b * input_stride] * rows[r] for R rows and B outputs.
-template <class T, int R, int B>
-inline void axpy_tile(const T* const* rows, const T* const* next, const float* c, int64_t row_stride,
-                      int64_t input_stride, float* const* out, int64_t n) {
-  Vec scale[R][B];
-  for (int r = 0; r < R; ++r)
-    for (int b = 0; b < B; ++b) scale[r][b] = set1(c[r * row_stride + b * input_stride]);
-  for_lines<T, R>(rows, next, n, [&](int64_t i) {
-    for (int v = 0; v < Lines<T>::kVecs; ++v, i += Vec::kLanes) {
-      Vec w[R];
-      for (int r = 0; r < R; ++r) w[r] = load(rows[r] + i);
+  // out[r * row_stride + b * input_stride] = rows[r] . x[b] for R rows and B inputs.
+  template <int R, int B>
+  void dot(const T* const* rows, const T* const* next, const float* const* x, float* out, int64_t row_stride,
+           int64_t input_stride) const {
+    Vec acc[R][B];
+    for (int r = 0; r < R; ++r)
+      for (int b = 0; b < B; ++b) acc[r][b] = zero();
+    for_lines<T, R>(rows, next, n, [&](int64_t i) {
+      for (int v = 0; v < Lines<T>::kVecs; ++v, i += Vec::kLanes) {
+        Vec in[B];
+        for (int b = 0; b < B; ++b) in[b] = load(x[b] + i);
+        for (int r = 0; r < R; ++r) {
+          const Vec w = load(rows[r] + i);
+          for (int b = 0; b < B; ++b) acc[r][b] = fma(w, in[b], acc[r][b]);
+        }
+      }
+    });
+    for (int64_t i = n - n % Lines<T>::kElems; i < n; i += Vec::kLanes) {
+      const int64_t m = n - i < Vec::kLanes ? n - i : Vec::kLanes;
       for (int b = 0; b < B; ++b) {
-        Vec acc = load(out[b] + i);
-        for (int r = 0; r < R; ++r) acc = fma(scale[r][b], w[r], acc);
-        store(out[b] + i, acc);
+        const Vec in = load(x[b] + i, m);
+        for (int r = 0; r < R; ++r) acc[r][b] = fma(load(rows[r] + i, m), in, acc[r][b]);
       }
     }
-  });
-  for (int64_t i = n - n % Lines<T>::kElems; i < n; i += Vec::kLanes) {
-    const int64_t m = n - i < Vec::kLanes ? n - i : Vec::kLanes;
-    for (int b = 0; b < B; ++b) {
-      Vec acc = load(out[b] + i, m);
-      for (int r = 0; r < R; ++r) acc = fma(scale[r][b], load(rows[r] + i, m), acc);
-      store(out[b] + i, acc, m);
+    for (int r = 0; r < R; ++r)
+      for (int b = 0; b < B; ++b) out[r * row_stride + b * input_stride] = sum(acc[r][b]);
+  }
+
+  // out[b] += sum_r c[r * row_stride + b * input_stride] * rows[r] for R rows and B outputs.
+  template <int R, int B>
+  void axpy(const T* const* rows, const T* const* next, const float* c, int64_t row_stride, int64_t input_stride,
+            float* const* out) const {
+    Vec scale[R][B];
+    for (int r = 0; r < R; ++r)
+      for (int b = 0; b < B; ++b) scale[r][b] = set1(c[r * row_stride + b * input_stride]);
+    for_lines<T, R>(rows, next, n, [&](int64_t i) {
+      for (int v = 0; v < Lines<T>::kVecs; ++v, i += Vec::kLanes) {
+        Vec w[R];
+        for (int r = 0; r < R; ++r) w[r] = load(rows[r] + i);
+        for (int b = 0; b < B; ++b) {
+          Vec acc = load(out[b] + i);
+          for (int r = 0; r < R; ++r) acc = fma(scale[r][b], w[r], acc);
+          store(out[b] + i, acc);
+        }
+      }
+    });
+    for (int64_t i = n - n % Lines<T>::kElems; i < n; i += Vec::kLanes) {
+      const int64_t m = n - i < Vec::kLanes ? n - i : Vec::kLanes;
+      for (int b = 0; b < B; ++b) {
+        Vec acc = load(out[b] + i, m);
+        for (int r = 0; r < R; ++r) acc = fma(scale[r][b], load(rows[r] + i, m), acc);
+        store(out[b] + i, acc, m);
+      }
     }
   }
-}
+};
 
 // Calls tile(R, B, first_row, next, first_input) until all `m` rows meet all inputs. `rows` lists `known` >= m
 // rows: those past m are what the caller reads afterwards, and are only prefetched. The rows of a group stay in
 // the cache for its further input tiles, so only the first one prefetches.
-template <class T, class Tile>
-inline void for_tiles(const T* const* rows, int64_t m, int64_t known, int64_t inputs, Tile tile) {
+template <class F, class Tile>
+inline void for_tiles(const typename F::Element* const* rows, int64_t m, int64_t known, int64_t inputs, Tile tile) {
   auto for_inputs = [&](auto R, int64_t i) {
-    const T* const* next = rows + (i + 2 * R.value <= known ? i + R.value : i);
+    const auto* next = rows + (i + 2 * R.value <= known ? i + R.value : i);
     int64_t b = 0;
     for (; b + Vec::kInputs <= inputs; b += Vec::kInputs)
       tile(R, std::integral_constant<int, Vec::kInputs>{}, i, b == 0 ? next : nullptr, b);
     for (; b < inputs; ++b) tile(R, std::integral_constant<int, 1>{}, i, b == 0 ? next : nullptr, b);
   };
   int64_t i = 0;
+  // With more inputs the accumulators of more rows would not fit the registers.
+  if constexpr (F::kStreams > kRows)
+    for (; inputs == 1 && i + F::kStreams <= m; i += F::kStreams)
+      for_inputs(std::integral_constant<int, F::kStreams>{}, i);
   for (; i + kRows <= m; i += kRows) for_inputs(std::integral_constant<int, kRows>{}, i);
   for (; i < m; ++i) for_inputs(std::integral_constant<int, 1>{}, i);
 }
 
-// out[i * row_stride + b * input_stride] = rows[i] . x[b] for m rows of n elements.
-template <class T>
-inline void dot_rows(const T* const* rows, int64_t m, int64_t known, const float* const* x, int64_t inputs, int64_t n,
-                     float* out, int64_t row_stride, int64_t input_stride) {
-  for_tiles(rows, m, known, inputs, [&](auto R, auto B, int64_t i, const T* const* next, int64_t b) {
-    dot_tile<T, R.value, B.value>(rows + i, next, x + b, n, out + i * row_stride + b * input_stride, row_stride,
-                                  input_stride);
+// out[i * row_stride + b * input_stride] = rows[i] . x[b] for m rows.
+template <class F>
+inline void dot_rows(const F& format, const typename F::Element* const* rows, int64_t m, int64_t known,
+                     const float* const* x, int64_t inputs, float* out, int64_t row_stride, int64_t input_stride) {
+  for_tiles<F>(rows, m, known, inputs, [&](auto R, auto B, int64_t i, auto next, int64_t b) {
+    format.template dot<R.value, B.value>(rows + i, next, x + b, out + i * row_stride + b * input_stride, row_stride,
+                                          input_stride);
   });
 }
 
-// out[b] += sum_i c[i * row_stride + b * input_stride] * rows[i] for m rows of n elements.
-template <class T>
-inline void axpy_rows(const T* const* rows, int64_t m, int64_t known, const float* c, int64_t row_stride,
-                      int64_t input_stride, float* const* out, int64_t inputs, int64_t n) {
-  for_tiles(rows, m, known, inputs, [&](auto R, auto B, int64_t i, const T* const* next, int64_t b) {
-    axpy_tile<T, R.value, B.value>(rows + i, next, c + i * row_stride + b * input_stride, row_stride, input_stride,
-                                   out + b, n);
+// out[b] += sum_i c[i * row_stride + b * input_stride] * rows[i] for m rows.
+template <class F>
+inline void axpy_rows(const F& format, const typename F::Element* const* rows, int64_t m, int64_t known,
+                      const float* c, int64_t row_stride, int64_t input_stride, float* const* out, int64_t inputs) {
+  for_tiles<F>(rows, m, known, inputs, [&](auto R, auto B, int64_t i, auto next, int64_t b) {
+    format.template axpy<R.value, B.value>(rows + i, next, c + i * row_stride + b * input_stride, row_stride,
+                                           input_stride, out + b);
   });
+}
+
+// Scratch of one thread, grown once and kept.
+template <class T, int Tag>
+T* scratch(int64_t n) {
+  thread_local std::vector<T> buffer;
+  if (static_cast<int64_t>(buffer.size()) < n) buffer.resize(n);
+  return buffer.data();
 }
 
 // e^x for x <= 0 (Cephes' polynomial, 2 ulp); below -87 it is e^-87.

@@ -1,4 +1,4 @@
-// Eight floats in one register (AVX2 and FMA).
+// Eight floats in one register (AVX2, FMA and F16C).
 #pragma once
 
 #include <immintrin.h>
@@ -20,6 +20,9 @@ inline Vec set1(float x) { return {_mm256_set1_ps(x)}; }
 inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
 inline Vec widen(__m128i h) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))}; }
 inline Vec load(const uint16_t* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline Vec load(const int8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
 template <class T>
 inline Vec load(const T* p, int64_t n) {
   T padded[8] = {};
@@ -45,6 +48,46 @@ inline Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT
 inline Vec scale2(Vec a, Vec n) {
   const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
   return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(exponent))};
+}
+
+// Float16 numbers.
+inline Vec load_halves(const uint8_t* p, int64_t n) {
+  alignas(16) uint8_t padded[16] = {};
+  std::memcpy(padded, p, 2 * n);
+  return {_mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(padded)))};
+}
+
+// The two values of each byte. Signed low ones are 2^28 times too large: their sign bit is shifted to the top, and
+// shifting it down again would cost an instruction for each value instead of one for each scale.
+struct Nibbles {
+  Vec low, high;
+};
+template <bool Signed>
+inline Nibbles load_nibbles(const uint8_t* p) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  if constexpr (Signed) {
+    const __m256i w = _mm256_cvtepi8_epi32(bytes);
+    return {{_mm256_cvtepi32_ps(_mm256_slli_epi32(w, 28))}, {_mm256_cvtepi32_ps(_mm256_srai_epi32(w, 4))}};
+  } else {
+    const __m256i w = _mm256_cvtepu8_epi32(bytes);
+    return {{_mm256_cvtepi32_ps(_mm256_and_si256(w, _mm256_set1_epi32(15)))},
+            {_mm256_cvtepi32_ps(_mm256_srli_epi32(w, 4))}};
+  }
+}
+// A scale made fit for low nibbles.
+template <bool Signed>
+inline Vec low_unit(Vec scale) {
+  return Signed ? mul(scale, set1(0x1p-28f)) : scale;
+}
+
+// acc + x in the lanes whose bit is set; `bits` are those of a line of 64 lanes, of which this is vector `v`.
+inline Vec add_where(Vec acc, const uint8_t* bits, int v, Vec x) {
+  int32_t word;
+  std::memcpy(&word, bits + v / 4 * 4, 4);
+  // Each lane's bit goes to the top, where blendv looks.
+  const __m256i shifts = _mm256_sub_epi32(_mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24), _mm256_set1_epi32(v % 4 * 8));
+  const __m256 mask = _mm256_castsi256_ps(_mm256_sllv_epi32(_mm256_set1_epi32(word), shifts));
+  return {_mm256_add_ps(acc.v, _mm256_blendv_ps(_mm256_setzero_ps(), x.v, mask))};
 }
 inline void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }
 

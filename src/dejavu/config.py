@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from dejavu.errors import ConfigError
 
 Mode = Literal["dense", "exact", "sparse"]
-Policy = Literal["predictor", "oracle", "static", "non_contextual", "random", "nearest"]
+Policy = Literal["predictor", "oracle", "static", "non_contextual", "random", "nearest", "signs"]
 
 # Activations whose output is exactly zero on a half line: only these allow the exact mode.
 ZEROING_ACTIVATIONS = ("relu", "fatrelu")

@@ -82,7 +82,7 @@ def test_the_selector_of_a_subject_can_be_another(subject):
 
     def mine(decoder, setting):
         asked.append(setting)
-        return fixed_sets(decoder.config, SelectionConfig("static", 0.5))
+        return fixed_sets(decoder.config, decoder.ops, SelectionConfig("static", 0.5))
 
     setting = Setting("sparse", SPARSE, prompt=4)
     fields = measure(replace(subject, selector=mine), backend("cpu"), [setting], new_tokens=2, repeat=1)

@@ -16,7 +16,7 @@ from dejavu.selection.oracle import Importance
 TEXT = """The river rises in the hills to the north of the town and flows south for about forty miles before it
 reaches the sea. In the nineteenth century several mills were built along its banks, and the water was used to drive
 their wheels. Most of them were closed after the railway came."""
-POLICIES = ("oracle", "static", "non_contextual", "random", "nearest")
+POLICIES = ("oracle", "static", "non_contextual", "random", "nearest", "signs")
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +107,9 @@ def test_context_is_worth_something(model):
     assert at["random"] > at["static"]
 
 
-@pytest.mark.parametrize("policy", ["static", "random"])
+@pytest.mark.parametrize("policy", ["static", "random", "signs"])
 def test_graph_equals_eager(model, policy):
-    settings = {"mlp_density": 0.2, "attn_density": 0.5}
+    settings = {"mlp_density": 0.2, "attn_density": 1.0 if policy == "signs" else 0.5}
     captured, _ = run(model, select(model, policy, **settings), pending=4)
     eager, _ = run(model, select(model, policy, **settings), pending=4, eager=True)
     assert torch.equal(captured, eager)
@@ -140,7 +140,11 @@ def test_a_batch_reads_the_union(model, policy):
 @pytest.mark.parametrize("policy", [p for p in POLICIES if p != "random"])  # random draws differ from pass to pass
 def test_masks_of_a_forward_pass_equal_sparse_steps(model, policy):
     """What evaluation relies on: all positions at once, each with its own selection, give the logits of real steps."""
-    settings = {"mlp_density": 0.15, "attn_density": 1.0 if policy == "nearest" else 0.5, "dense_layers": (2,)}
+    settings = {
+        "mlp_density": 0.15,
+        "attn_density": 1.0 if policy in ("nearest", "signs") else 0.5,
+        "dense_layers": (2,),
+    }
     stepped, step = run(model, select(model, policy, **settings))
     masks = TokenMasks(select(model, policy, **settings), dense_prefix=8)
     ids = torch.tensor(model.ids[: 8 + len(stepped)])
@@ -168,6 +172,8 @@ def test_bad_settings_are_named(model):
         SelectionConfig("best")
     with pytest.raises(ConfigError, match="selects neurons only"):
         select(model, "nearest", attn_density=0.5)
+    with pytest.raises(ConfigError, match="policy signs selects neurons only"):
+        select(model, "signs", attn_density=0.5)
     with pytest.raises(ConfigError, match="use kv full"):
         select(model, "oracle", attn_density=0.5, kv="lazy")
     decoder = model.decoder

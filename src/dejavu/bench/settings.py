@@ -12,18 +12,18 @@ import torch
 
 from dejavu.bench import shapes
 from dejavu.bench.peers import Source
-from dejavu.checkpoint.layout import allocate
-from dejavu.checkpoint.source import open_checkpoint
+from dejavu.checkpoint.layout import Quantization, allocate, parse_quantization
+from dejavu.checkpoint.source import Checkpoint, open_checkpoint
 from dejavu.config import Mode, ModelConfig, SelectionConfig
 from dejavu.device import parse_dtype
 from dejavu.errors import ConfigError
 from dejavu.model.decoder import Decoder
 from dejavu.model.load import load_weights
-from dejavu.selection import Selector, make_selector
+from dejavu.selection import Cut, Selector, make_selector
 from dejavu.selection.fixed import StaticSelector
 
-# Weight formats that this version runs. Quantised ones join here, and in Subject.decoder.
-FORMATS = ("bf16", "fp32")
+# Of the weights; a quantised format holds the embeddings and the LM head too, and its cache is bf16.
+FORMATS = ("bf16", "fp32", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,13 @@ class Subject:
     def weight_bytes(self, weights: str) -> int:
         """Memory of our weights in a format."""
         sizes: list[int] = []
-        allocate(self.config, parse_dtype(weights), lambda shape, dtype: sizes.append(prod(shape) * dtype.itemsize))
+
+        def note(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            sizes.append(prod(shape) * dtype.itemsize)
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        dtype, quantization = _format(weights)
+        allocate(self.config, dtype, note, quantization)
         return sum(sizes)
 
 
@@ -118,8 +124,21 @@ def model(name: str, ops: ModuleType) -> Subject:
         {"model": checkpoint.name, "model_hash": checkpoint.hash},
         shapes.parse(checkpoint.config),
         Source(checkpoint.config, checkpoint.path),
-        lambda weights: Decoder(*load_weights(checkpoint, ops=ops, dtype=weights), ops),
+        lambda weights: _load(checkpoint, ops, weights),
     )
+
+
+def _format(weights: str) -> tuple[torch.dtype, Quantization | None]:
+    """The dtype of cache and plain matrices, and how the others are quantised."""
+    if weights in ("bf16", "fp32"):
+        return parse_dtype(weights), None
+    return torch.bfloat16, parse_quantization(weights, embeddings=True)
+
+
+def _load(checkpoint: Checkpoint, ops: ModuleType, weights: str) -> Decoder:
+    dtype, quantization = _format(weights)
+    name = "fp32" if dtype == torch.float32 else "bf16"
+    return Decoder(*load_weights(checkpoint, ops=ops, dtype=name, quantization=quantization), ops)
 
 
 def shape(name: str, ops: ModuleType, seed: int = 0, activity: float = 0.1) -> Subject:
@@ -130,27 +149,28 @@ def shape(name: str, ops: ModuleType, seed: int = 0, activity: float = 0.1) -> S
     raw = shapes.shape(name)
     config = shapes.parse(raw)
     activity = activity if config.mlp_bias else 0.5
-    return Subject(
-        {"shape": name, "weights": "random", "seed": seed, "activity": activity},
-        config,
-        Source(raw, None, seed),
-        lambda weights: Decoder(config, shapes.random_weights(config, parse_dtype(weights), ops, seed, activity), ops),
-    )
+
+    def decoder(weights: str) -> Decoder:
+        dtype, quantization = _format(weights)
+        return Decoder(config, shapes.random_weights(config, dtype, ops, seed, activity, quantization), ops)
+
+    about = {"shape": name, "weights": "random", "seed": seed, "activity": activity}
+    return Subject(about, config, Source(raw, None, seed), decoder)
 
 
 def policy_selector(decoder: Decoder, setting: Setting) -> Selector:
     """The policy of a setting's selection; `static` reads `fixed_sets`."""
     if setting.selection.policy == "static":
-        return fixed_sets(decoder.config, setting.selection, setting.batch)
+        return fixed_sets(decoder.config, decoder.ops, setting.selection, setting.batch)
     return make_selector(setting.selection, decoder.config, decoder.weights, decoder.ops)
 
 
-def fixed_sets(config: ModelConfig, selection: SelectionConfig, batch: int = 1) -> StaticSelector:
+def fixed_sets(config: ModelConfig, ops: ModuleType, selection: SelectionConfig, batch: int = 1) -> StaticSelector:
     """Random units of each layer, the same for all tokens: what reading costs, with no choosing in it.
 
     With a batch it is the union of a set for each row, drawn independently: the most that a union can be on average.
     """
-    generator, importance, counts = torch.Generator().manual_seed(selection.seed), [], []
+    generator, importance, cuts = torch.Generator().manual_seed(selection.seed), [], []
     for layer in range(config.num_hidden_layers):
         totals = config.num_attention_heads, config.intermediate_size
         chosen = [torch.zeros(total) for total in totals]
@@ -158,8 +178,8 @@ def fixed_sets(config: ModelConfig, selection: SelectionConfig, batch: int = 1) 
             for _ in range(batch):
                 mask[torch.randperm(mask.numel(), generator=generator)[:k]] = 1
         importance.append(tuple(chosen))
-        counts.append(tuple(int(mask.sum()) for mask in chosen))
-    return StaticSelector(counts, importance)
+        cuts.append(tuple(None if mask.all() else Cut(int(mask.sum())) for mask in chosen))
+    return StaticSelector(cuts, ops, importance)
 
 
 def grid(

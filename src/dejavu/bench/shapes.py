@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from dejavu.bench.names import check_name
-from dejavu.checkpoint.layout import Weights, allocate
+from dejavu.checkpoint.layout import Quantization, Weights, allocate
 from dejavu.config import ModelConfig
 from dejavu.errors import ConfigError
+from dejavu.kernels.quantized import LINE, Quantized, RowFormat, Weight, quantize
 from dejavu.model import family
 
 # A prime, so that no two rows of a model are filled from the same place of the noise.
@@ -99,8 +100,37 @@ def fill_noise(tensors: Iterable[tuple[Tensor, float]], seed: int) -> None:
             done, at = done + count, (at + count) % _NOISE
 
 
+def fill_bytes(rows: Iterable[tuple[Quantized, float]], seed: int) -> None:
+    """Fill int8 or int4 rows (mutated) with uniform levels of the given standard deviations, without a plain copy."""
+    noise = torch.randint(256, (_NOISE,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    at = 0
+    for matrix, std in rows:
+        flat, done = matrix.data.view(-1), 0
+        while done < flat.numel():
+            count = min(_NOISE - at, flat.numel() - done)
+            flat[done : done + count] = noise[at : at + count]
+            done, at = done + count, (at + count) % _NOISE
+        values, scales, offsets = matrix.parts()
+        matrix.data[..., values.shape[-1] :] = 0
+        if matrix.width % LINE:  # values of the padding, by quantising a row of ones that ends where the rows do
+            used = quantize(torch.ones(1, matrix.width), RowFormat(8)).parts()[0].bool()
+            mask = used.unflatten(1, (-1, 2, LINE // 2)).to(torch.uint8) * 15
+            packed = (mask[:, :, 0] | mask[:, :, 1] << 4).flatten(1)
+            values &= used.to(torch.uint8).mul(255) if matrix.format.bits == 8 else packed
+        levels = 2**matrix.format.bits
+        scale = std / ((levels**2 - 1) / 12) ** 0.5
+        scales.fill_(scale)
+        if offsets is not None:
+            offsets.fill_(-scale * (levels - 1) / 2)
+
+
 def random_weights(
-    config: ModelConfig, dtype: torch.dtype, ops: ModuleType, seed: int = 0, mlp_density: float = 0.5
+    config: ModelConfig,
+    dtype: torch.dtype,
+    ops: ModuleType,
+    seed: int = 0,
+    mlp_density: float = 0.5,
+    quantization: Quantization | None = None,
 ) -> Weights:
     """Random weights in kernel layout, scaled so that every activation stays near unit size.
 
@@ -108,6 +138,7 @@ def random_weights(
         ops: the kernel backend, whose `empty` allocates.
         mlp_density: about this share of a ReLU MLP's neurons is active for any token. Normalised inputs make
             normal pre-activations, so a bias of the right size does it.
+        quantization: random bytes are made directly, never a plain copy first.
     Raises: ConfigError for a density outside (0, 1), or other than 0.5 where the MLP has no bias.
     """
     if not 0 < mlp_density < 1:
@@ -115,8 +146,10 @@ def random_weights(
     if mlp_density != 0.5 and not config.mlp_bias:
         raise ConfigError(f"mlp_density {mlp_density} needs an MLP with a bias; this shape has none: use 0.5")
     with torch.no_grad():
-        weights = allocate(config, dtype, ops.empty)
-        fill_noise(_matrices(config, weights), seed)
+        weights = allocate(config, dtype, ops.empty, quantization)
+        matrices = list(_matrices(config, weights))
+        fill_noise(((m, std) for m, std in matrices if not isinstance(m, Quantized)), seed)
+        fill_bytes(((m, std) for m, std in matrices if isinstance(m, Quantized)), seed)
         for layer in weights.layers:
             for tensor in (layer.attn.qkv_bias, layer.attn.out_bias, layer.mlp.in_bias, layer.mlp.out_bias):
                 if tensor is not None:
@@ -131,7 +164,7 @@ def random_weights(
     return weights
 
 
-def _matrices(config: ModelConfig, weights: Weights) -> Iterable[tuple[Tensor, float]]:
+def _matrices(config: ModelConfig, weights: Weights) -> Iterable[tuple[Weight, float]]:
     """Every matrix with a standard deviation that keeps its outputs near unit size."""
     unit = config.hidden_size**-0.5
     yield weights.embed, config.embed_size**-0.5

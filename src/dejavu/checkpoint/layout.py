@@ -13,8 +13,34 @@ import torch
 from torch import Tensor
 
 from dejavu.config import ModelConfig
+from dejavu.errors import ConfigError
+from dejavu.kernels.quantized import Quantized, RowFormat, Weight
 
 Alloc = Callable[[tuple[int, ...], torch.dtype], Tensor]
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Which format the rows of a model's matrices have: attention, MLP and projections, and by choice embeddings.
+
+    Position tables, norms and biases stay as they are. Raises: ConfigError for 1 bit.
+    """
+
+    weights: RowFormat
+    embeddings: bool = False
+
+    def __post_init__(self):
+        if self.weights.bits == 1:
+            raise ConfigError("weights of 1 bit cannot carry a model; choose int8 or int4")
+
+
+def parse_quantization(weights: str | None, embeddings: bool = False) -> Quantization | None:
+    """What a user asks for by the name of a format; None: plain weights. Raises: ConfigError."""
+    if weights is not None:
+        return Quantization(RowFormat.parse(weights), embeddings)
+    if embeddings:
+        raise ConfigError("embeddings are quantised only with a format for the weights: int8 or int4")
+    return None
 
 
 @dataclass
@@ -32,7 +58,7 @@ class Attention:
     `qkv_bias` (G, r+2, D) and `out_bias` (C,) are float32, or None.
     """
 
-    blocks: Tensor
+    blocks: Weight
     qkv_bias: Tensor | None
     out_bias: Tensor | None
 
@@ -48,7 +74,7 @@ class Mlp:
     `in_bias` (I,), gated (I, 2), and `out_bias` (C,) are float32, or None.
     """
 
-    rows: Tensor
+    rows: Weight
     in_bias: Tensor | None
     out_bias: Tensor | None
 
@@ -66,32 +92,39 @@ class Weights:
     """All weights of a decoder. `head` is `embed` itself where the embeddings are tied.
 
     embed, head: (V, E). position_table: (N, C) or None. project_in: (C, E), project_out: (E, C), or None.
+    `dtype` is that of all matrices that are not quantised, of the cache and of prefill.
     """
 
-    embed: Tensor
-    head: Tensor
+    dtype: torch.dtype
+    quantization: Quantization | None
+    embed: Weight
+    head: Weight
     position_table: Tensor | None
-    project_in: Tensor | None
-    project_out: Tensor | None
+    project_in: Weight | None
+    project_out: Weight | None
     final_norm: Norm
     layers: list[Layer]
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embed.dtype
 
-
-def allocate(config: ModelConfig, dtype: torch.dtype, alloc: Alloc) -> Weights:
+def allocate(
+    config: ModelConfig, dtype: torch.dtype, alloc: Alloc, quantization: Quantization | None = None
+) -> Weights:
     """Uninitialised weights in kernel layout.
 
     Args:
-        dtype: of all matrices; norms and biases are float32.
+        dtype: of all matrices that are not quantised; norms and biases are float32.
         alloc: makes an uninitialised tensor of a shape and dtype on the wanted device.
     """
     C, inter, D = config.hidden_size, config.intermediate_size, config.head_dim
     G, r = config.num_key_value_heads, config.heads_per_group
     f32 = torch.float32
     norm_bias = config.norm == "layer"
+
+    def rows(*shape: int, quantised: bool = True) -> Weight:
+        if quantization is None or not quantised:
+            return alloc(shape, dtype)
+        format, width = quantization.weights, shape[-1]
+        return Quantized(alloc((*shape[:-1], format.row_bytes(width)), torch.uint8), width, format)
 
     def norm(exists: bool = True) -> Norm:
         if not (exists and config.norm_affine):
@@ -102,27 +135,30 @@ def allocate(config: ModelConfig, dtype: torch.dtype, alloc: Alloc) -> Weights:
         return Layer(
             attn_norm=norm(),
             attn=Attention(
-                blocks=alloc((G, 2 * r + 2, D, C), dtype),
+                blocks=rows(G, 2 * r + 2, D, C),
                 qkv_bias=alloc((G, r + 2, D), f32) if config.attention_bias else None,
                 out_bias=alloc((C,), f32) if config.attention_out_bias else None,
             ),
             mlp_norm=norm(),
             mlp=Mlp(
-                rows=alloc((inter, 3 if config.gated else 2, C), dtype),
+                rows=rows(inter, 3 if config.gated else 2, C),
                 in_bias=alloc((inter, 2) if config.gated else (inter,), f32) if config.mlp_bias else None,
                 out_bias=alloc((C,), f32) if config.mlp_bias else None,
             ),
         )
 
     E = config.embed_size
-    embed = alloc((config.vocab_size, E), dtype)
+    embeddings = quantization is not None and quantization.embeddings
+    embed = rows(config.vocab_size, E, quantised=embeddings)
     learned = config.rope is None
     return Weights(
+        dtype=dtype,
+        quantization=quantization,
         embed=embed,
-        head=embed if config.tie_word_embeddings else alloc((config.vocab_size, E), dtype),
+        head=embed if config.tie_word_embeddings else rows(config.vocab_size, E, quantised=embeddings),
         position_table=alloc((config.max_position_embeddings + config.position_offset, C), dtype) if learned else None,
-        project_in=alloc((C, E), dtype) if E != C else None,
-        project_out=alloc((E, C), dtype) if E != C else None,
+        project_in=rows(C, E) if E != C else None,
+        project_out=rows(E, C) if E != C else None,
         final_norm=norm(config.final_norm),
         layers=[layer() for _ in range(config.num_hidden_layers)],
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from math import prod
 
 from dejavu.checkpoint.slots import Slot
-from dejavu.checkpoint.source import DTYPE_NAMES, Checkpoint
+from dejavu.checkpoint.source import BYTES, DTYPE_NAMES, Checkpoint
 from dejavu.device import parse_dtype
 from dejavu.errors import CheckpointError
 
@@ -19,13 +19,19 @@ NAMES_SHOWN = 20
 
 
 def match(
-    checkpoint: Checkpoint, slots: dict[str, Slot], *, prefixes: Iterable[str] = ("",), ignored: Iterable[str] = ()
+    checkpoint: Checkpoint,
+    slots: dict[str, Slot],
+    *,
+    prefixes: Iterable[str] = ("",),
+    ignored: Iterable[str] = (),
+    dtypes: Iterable[str] = tuple(DTYPE_NAMES.values()),
 ) -> dict[str, str]:
     """Find the tensor of every slot, from the headers alone.
 
     Args:
         slots: by tensor name without prefix; only their shapes matter here.
         prefixes: what may stand before a tensor's name, "" included.
+        dtypes: that tensors may have.
         ignored: regular expressions of tensors that may be there and are not read.
     Returns: tensor name -> slot name, in the order of the files.
     Raises: CheckpointError listing every tensor that is missing, unexpected, wrongly shaped or of an
@@ -49,10 +55,8 @@ def match(
             for name, header in headers.items()
             if header.shape != slots[found[name]].shape
         ],
-        f"of an unsupported dtype (supported: {', '.join(DTYPE_NAMES.values())})": [
-            f"{name} (found {header.dtype})"
-            for name, header in headers.items()
-            if header.dtype not in DTYPE_NAMES.values()
+        f"of an unsupported dtype (supported: {', '.join(dtypes)})": [
+            f"{name} (found {header.dtype})" for name, header in headers.items() if header.dtype not in dtypes
         ],
     }
     if any(problems.values()):
@@ -89,7 +93,7 @@ def fill(
 
 def _nbytes(checkpoint: Checkpoint, name: str) -> int:
     header = checkpoint.headers[name]
-    return prod(header.shape) * parse_dtype(header.dtype).itemsize
+    return prod(header.shape) * (1 if header.dtype == BYTES else parse_dtype(header.dtype).itemsize)
 
 
 def _shorten(names: list[str]) -> str:

@@ -7,21 +7,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from dejavu.checkpoint.layout import Attention, Mlp, Norm
 from dejavu.config import ACTIVATIONS
 from dejavu.errors import CheckpointError
+from dejavu.kernels.quantized import Quantized, Weight, quantize
 
 
 @dataclass
 class Slot:
-    """Where one checkpoint tensor goes: `view.copy_(tensor.reshape(view.shape))`, in pieces of rows.
+    """Where one checkpoint tensor goes: `view.copy_(tensor.reshape(view.shape))`, in pieces of rows; quantised
+    on the way where the view is.
 
     `shape` is the shape that the checkpoint must have; the view's own where not given.
     """
 
-    view: Tensor
+    view: Weight
     shape: tuple[int, ...] = ()
 
     def __post_init__(self):
@@ -35,7 +38,38 @@ class Slot:
     def fill(self, rows: Tensor, first: int = 0) -> None:
         """Copy rows `first`.. (multiples of `unit`) of a checked tensor into their place, converting the dtype."""
         view = self.view[first // self.unit : (first + rows.shape[0]) // self.unit]
-        view.copy_(rows.reshape(view.shape))
+        _write(view, rows.reshape(view.shape))
+
+
+class TransposedSlot(Slot):
+    """A slot of quantised rows that are the tensor's columns. A row's scale needs the whole row, so the pieces are
+    gathered first: one matrix at a time lies in memory besides the model."""
+
+    @property
+    def unit(self) -> int:
+        return 1
+
+    def fill(self, rows: Tensor, first: int = 0) -> None:
+        if first == 0:
+            self._gathered = torch.empty(self.shape, dtype=rows.dtype)
+        self._gathered[first : first + rows.shape[0]] = rows
+        if first + rows.shape[0] == self.shape[0]:
+            _write(self.view, self._gathered.T.reshape(self.view.shape))
+            del self._gathered
+
+
+def transposed_slot(view: Weight, shape: tuple[int, ...]) -> Slot:
+    """The slot of a tensor (C, ...) whose columns are the rows (..., C) of a view."""
+    if isinstance(view, Quantized):
+        return TransposedSlot(view, shape)
+    return Slot(view.permute(-1, *range(view.dim() - 1)), shape)
+
+
+def _write(view: Weight, weights: Tensor) -> None:
+    if isinstance(view, Quantized):
+        view.data.copy_(quantize(weights, view.format).data)
+    else:
+        view.copy_(weights)
 
 
 def norm_slots(name: str, norm: Norm) -> dict[str, Slot]:
@@ -54,7 +88,7 @@ def attention_slots(prefix: str, attn: Attention, *, out: str) -> dict[str, Slot
         slots[f"{prefix}{name}.weight"] = Slot(attn.blocks[:, span], (rows, C))
         if attn.qkv_bias is not None:
             slots[f"{prefix}{name}.bias"] = Slot(attn.qkv_bias[:, span], (rows,))
-    slots[f"{prefix}{out}.weight"] = Slot(attn.blocks[:, r + 2 :].permute(3, 0, 1, 2), (C, G * r * D))
+    slots[f"{prefix}{out}.weight"] = transposed_slot(attn.blocks[:, r + 2 :], (C, G * r * D))
     if attn.out_bias is not None:
         slots[f"{prefix}{out}.bias"] = Slot(attn.out_bias)
     return slots
@@ -63,7 +97,7 @@ def attention_slots(prefix: str, attn: Attention, *, out: str) -> dict[str, Slot
 def mlp_slots(prefix: str, mlp: Mlp, names: tuple[str, ...]) -> dict[str, Slot]:
     """Slots of the MLP's matrices in row order: (fc1, fc2), or (gate, up, down)."""
     slots = {f"{prefix}{name}.weight": Slot(mlp.rows[:, i]) for i, name in enumerate(names[:-1])}
-    slots[f"{prefix}{names[-1]}.weight"] = Slot(mlp.rows[:, -1].T)
+    slots[f"{prefix}{names[-1]}.weight"] = transposed_slot(mlp.rows[:, -1], (mlp.rows.shape[2], mlp.rows.shape[0]))
     if mlp.in_bias is not None:
         columns = mlp.in_bias.view(mlp.rows.shape[0], -1)
         slots |= {f"{prefix}{name}.bias": Slot(columns[:, i]) for i, name in enumerate(names[:-1])}

@@ -28,6 +28,7 @@ CONFIG = "config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 SMALL_FILES = (CONFIG, "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
                "vocab.json", "merges.txt", "chat_template.jinja")  # fmt: skip
+BYTES = "U8"  # of quantised rows
 DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 # A piece and where it goes stay in the second-level cache, which transposing copies need.

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dejavu.cli.options import Dtype, Json, Revision
+from dejavu.cli.options import Dtype, Json, QuantizeEmbeddings, Revision, WeightsFormat
 
 SIZES = (
     "num_hidden_layers",
@@ -25,6 +25,8 @@ SIZES = (
 def info(
     model: Annotated[str | None, typer.Argument(help="A folder or hub id. [default: the bundled model]")] = None,
     dtype: Dtype = "auto",
+    weights: WeightsFormat = None,
+    quantize_embeddings: QuantizeEmbeddings = False,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
@@ -34,24 +36,29 @@ def info(
 
     Example: dejavu info facebook/opt-1.3b --dtype bf16
     """
+    from dejavu.checkpoint.layout import parse_quantization
     from dejavu.checkpoint.source import BUNDLED, open_checkpoint
     from dejavu.engine.bytes import step_bytes
+    from dejavu.model import family
     from dejavu.model.load import plan_weights
 
     checkpoint = open_checkpoint(model or BUNDLED, revision=revision)
-    config, weights, tensors = plan_weights(checkpoint, dtype=dtype)
+    config, plan, _ = plan_weights(
+        checkpoint, dtype=dtype, quantization=parse_quantization(weights, quantize_embeddings)
+    )
     facts = {
         "model": model or BUNDLED,
         "family": config.model_type,
-        "parameters": sum(prod(checkpoint.headers[name].shape) for name in tensors),
-        "dtype": str(weights.dtype).removeprefix("torch."),
+        "parameters": sum(prod(slot.shape) for slot in family(config.model_type).slots(config, plan).values()),
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "weights": None if plan.quantization is None else plan.quantization.weights.name,
         "modes": config.modes,
         "activation": config.activation,
         "gated": config.gated,
         **{name: getattr(config, name) for name in SIZES},
     }
     # Dense, at the end of the context, where the keys and values are most.
-    read = step_bytes(config, weights, attended=config.sliding_window or config.max_position_embeddings)
+    read = step_bytes(config, plan, attended=config.sliding_window or config.max_position_embeddings)
     if as_json:
         typer.echo(json.dumps(facts | {"dense_step_bytes": read}))
         return

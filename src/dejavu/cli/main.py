@@ -14,6 +14,7 @@ from dejavu.cli.bench import bench
 from dejavu.cli.demo import demo
 from dejavu.cli.generate import generate
 from dejavu.cli.info import info
+from dejavu.cli.quantize import quantize
 from dejavu.errors import DejavuError
 
 
@@ -34,7 +35,7 @@ class _Group(TyperGroup):
 
 
 app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for _verb in (generate, info, demo, bench):
+for _verb in (generate, info, quantize, demo, bench):
     app.command()(_verb)
 
 

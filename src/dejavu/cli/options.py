@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
@@ -29,6 +30,13 @@ AttnDensity = Annotated[float, typer.Option(help="With --policy: the fraction of
 Kv = Annotated[str, typer.Option(help="With --policy: full keys and values, or lazy: when a head is next selected.")]
 Calibration = Annotated[Path | None, typer.Option(help="With --policy static: a text to find the set on.")]
 Dtype = Annotated[str, typer.Option(help="Of the weights: fp32, bf16, fp16, or auto: as stored.")]
+WeightsFormat = Annotated[
+    str | None,
+    typer.Option("--weights", help="Quantise while loading: int8, int4, or int4-g32, int4-g128z: group, zero point."),
+]
+QuantizeEmbeddings = Annotated[
+    bool, typer.Option("--quantize-embeddings", help="With --weights: the embeddings and the LM head too.")
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads. [default: all]", show_default=False)]
 Backend = Annotated[
     str, typer.Option(help="Of the kernels: cpu, triton (NVIDIA GPU), reference (slow, plain PyTorch) or auto.")
@@ -37,20 +45,25 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a m
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-def load_engine(model: str, **settings) -> Engine:
-    """dejavu.load with a progress bar on stderr, gone when it is done."""
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar over bytes on stderr, gone when it is done; the value is called with (bytes done, bytes in all)."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
+    console = Console(stderr=True)
+    columns = TextColumn(title), BarColumn(), DownloadColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def load_engine(model: str, **settings) -> Engine:
+    """dejavu.load with a progress bar."""
     from dejavu.engine.engine import Engine
 
-    console = Console(stderr=True)
-    columns = TextColumn(f"Loading {model}"), BarColumn(), DownloadColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("load", total=None)
-        return Engine.load(
-            model, progress=lambda done, total: bar.update(task, completed=done, total=total), **settings
-        )
+    with progress_bar(f"Loading {model}") as progress:
+        return Engine.load(model, progress=progress, **settings)
 
 
 def stats_table(stats: dict[str, Stats]) -> Table:

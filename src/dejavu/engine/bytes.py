@@ -6,6 +6,7 @@ from torch import Tensor
 
 from dejavu.checkpoint.layout import Norm, Weights
 from dejavu.config import ModelConfig
+from dejavu.kernels.quantized import Weight
 
 PARTS = ("embedding", "attention", "mlp_in", "mlp_out", "lm_head", "kv")
 
@@ -32,16 +33,14 @@ def step_bytes(
     Returns: bytes by part, in the order of PARTS. "mlp_in" is fc1 (the gate), "mlp_out" fc2 (up and down);
         norms and biases count with the block that they belong to, keys and values as "kv".
     """
-    itemsize = weights.dtype.itemsize
     parts = dict.fromkeys(PARTS, 0.0)
-    parts["embedding"] = batch * itemsize * (
-        config.embed_size + (0 if weights.position_table is None else config.hidden_size)
-    ) + _size(weights.project_in)
+    tables = [table for table in (weights.embed, weights.position_table) if table is not None]
+    parts["embedding"] = batch * sum(table[0].nbytes for table in tables) + _size(weights.project_in)
     kv = 0.0
     for i, layer in enumerate(weights.layers):
         rows = layer.mlp.rows
         read = [rows.shape[0]] * rows.shape[1] if rows_read is None else rows_read[i].tolist()
-        row_bytes = rows.shape[2] * rows.itemsize
+        row_bytes = rows[0, 0].nbytes
         H = config.num_attention_heads
         heads = 1.0 if heads_read is None else heads_read[i].item() / H
         r = config.heads_per_group
@@ -53,10 +52,10 @@ def step_bytes(
         parts["mlp_in"] += read[0] * row_bytes + _size(layer.mlp.in_bias, layer.mlp_norm)
         parts["mlp_out"] += sum(read[1:]) * row_bytes + _size(layer.mlp.out_bias)
     parts["lm_head"] = float(_size(weights.head, weights.project_out, weights.final_norm))
-    parts["kv"] = batch * attended * 2 * kv * config.num_key_value_heads * config.head_dim * itemsize
+    parts["kv"] = batch * attended * 2 * kv * config.num_key_value_heads * config.head_dim * weights.dtype.itemsize
     return parts
 
 
-def _size(*tensors: Tensor | Norm | None) -> int:
+def _size(*tensors: Weight | Norm | None) -> int:
     flat = [t for x in tensors for t in ((x.weight, x.bias) if isinstance(x, Norm) else (x,))]
     return sum(t.nbytes for t in flat if t is not None)

@@ -13,7 +13,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from dejavu.checkpoint.layout import Quantization, parse_quantization
 from dejavu.checkpoint.load import Progress
+from dejavu.checkpoint.packed import packed_settings
 from dejavu.checkpoint.source import BUNDLED, Checkpoint, open_checkpoint
 from dejavu.config import ZEROING_ACTIVATIONS, Mode, ModelConfig, SamplingParams, SelectionConfig
 from dejavu.device import default_threads
@@ -76,6 +78,8 @@ class Engine:
         model: str | PathLike = BUNDLED,
         *,
         dtype: str = "auto",
+        weights: str | None = None,
+        quantize_embeddings: bool = False,
         mode: Mode | Literal["auto"] = "auto",
         selection: SelectionConfig | None = None,
         calibration: str | None = None,
@@ -91,6 +95,9 @@ class Engine:
         Args:
             model: a local folder, an id on the Hugging Face Hub, or "opt-mini", the bundled model.
             dtype: of the weights: "fp32", "bf16", "fp16", or "auto": as stored.
+            weights: quantise all matrices while loading: "int8", "int4", or "int4-g32", "int4-g128z" and so on, by the
+                size of a group and with z for a zero point; None: keep them in `dtype`, which the cache has anyway.
+            quantize_embeddings: the embeddings and the LM head too.
             mode, selection, calibration: what is read for each token; see Engine.
             pack, quality: short for SelectionConfig("predictor", pack=pack, quality=quality, kv="lazy").
             threads: CPU threads of the whole process; None: all that it may use.
@@ -105,15 +112,19 @@ class Engine:
             selection = SelectionConfig("predictor", pack=str(pack), quality=quality, kv="lazy")
         elif quality is not None:
             raise ConfigError("quality chooses among a pack's settings: name a pack")
+        quantization = parse_quantization(weights, quantize_embeddings)
         device = "cuda" if backend in ("auto", "triton") and torch.cuda.is_available() else "cpu"
         ops = load_backend(backend, device)
         set_threads(ops, threads)
         checkpoint = open_checkpoint(model, revision=revision)
         # What can fail fast comes before the weights, which may take minutes.
+        if device != "cpu" and (quantization or packed_settings(checkpoint)):
+            raise KernelUnavailable("quantised weights run on the CPU in this version; choose backend cpu")
         config = family(checkpoint.config.get("model_type")).parse(checkpoint.config)
         mode, tokenizer = _choose_mode(mode, config, selection), Tokenizer(checkpoint.path, config)
-        config, weights = load_weights(checkpoint, ops=ops, dtype=dtype, device=device, progress=progress)
-        return cls(Decoder(config, weights, ops), tokenizer, mode, selection, calibration, checkpoint)
+        settings = {"ops": ops, "dtype": dtype, "device": device, "quantization": quantization, "progress": progress}
+        config, loaded = load_weights(checkpoint, **settings)
+        return cls(Decoder(config, loaded, ops), tokenizer, mode, selection, calibration, checkpoint)
 
     @property
     def config(self) -> ModelConfig:
@@ -121,8 +132,13 @@ class Engine:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights as loaded."""
+        """Of the weights as loaded; where they are quantised, of the cache."""
         return self.decoder.weights.dtype
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """Of the weights as loaded; None: they are plain."""
+        return self.decoder.weights.quantization
 
     def with_mode(self, mode: Mode, selection: SelectionConfig | None = None, calibration: str | None = None) -> Engine:
         """An engine over the same weights that runs in another mode. Raises: ConfigError as the class does."""

@@ -1,7 +1,8 @@
 """What every op means, in plain PyTorch. The other backends are tested against this file.
 
 One decode step works on `B` rows (sequences) of one token each. All activations are float32; weights
-are float32, bfloat16 or float16; norms and biases are float32; index and position tensors are int32.
+are float32, bfloat16, float16 or quantised (quantized.py: an op computes with what `dense` makes of them); norms and
+biases are float32; index and position tensors are int32.
 
 Weights lie as the decode step reads them (docs/architecture.md):
 
@@ -24,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dejavu.kernels.quantized import Weight, dense
+
 Selection = tuple[Tensor, Tensor] | None
 
 
@@ -41,7 +44,7 @@ def activate(x: Tensor, activation: str, threshold: float = 0.0) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def embed(ids: Tensor, table: Tensor) -> Tensor:
+def embed(ids: Tensor, table: Weight) -> Tensor:
     """Look up token embeddings.
 
     Args:
@@ -49,7 +52,7 @@ def embed(ids: Tensor, table: Tensor) -> Tensor:
         table: (V, E).
     Returns: (B, E) float32.
     """
-    return table[ids.long()].float()
+    return dense(table[ids.long()])
 
 
 def add_positions(x: Tensor, positions: Tensor, table: Tensor, offset: int) -> None:
@@ -93,12 +96,12 @@ def add_norm(
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """Dense rows: `x @ weight.T + bias`. x: (B, C) float32; weight: (N, C); returns (B, N) float32.
 
     Reads N*C weights once for the whole batch; accumulates in float32.
     """
-    return F.linear(x, weight.float(), bias)
+    return F.linear(x, dense(weight), bias)
 
 
 def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
@@ -110,7 +113,7 @@ def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
 
 def attn_qkv(
     x: Tensor,
-    blocks: Tensor,
+    blocks: Weight,
     bias: Tensor | None,
     cos_sin: Tensor | None,
     positions: Tensor,
@@ -146,7 +149,7 @@ def attn_qkv(
     selected = _head_mask(heads, G * r, x.device).view(G, r)
 
     def project(rows: Tensor, group: int, part: int) -> Tensor:
-        out = rows @ blocks[group, part].float().T
+        out = rows @ dense(blocks[group, part]).T
         return out if bias is None else out + bias[group, part]
 
     q = torch.zeros(x.shape[0], G * r, D, dtype=torch.float32, device=x.device)
@@ -205,7 +208,7 @@ def attend(
     return out
 
 
-def attn_out(o: Tensor, blocks: Tensor, heads: Selection = None) -> Tensor:
+def attn_out(o: Tensor, blocks: Weight, heads: Selection = None) -> Tensor:
     """Output projection of the selected heads: `sum_h o[b, h] @ blocks[group(h), o_h]`, as partial sums.
 
     Args:
@@ -216,14 +219,14 @@ def attn_out(o: Tensor, blocks: Tensor, heads: Selection = None) -> Tensor:
     G, parts, D, C = blocks.shape
     r = (parts - 2) // 2
     keep = _head_mask(heads, G * r, o.device)
-    rows = blocks[:, r + 2 :].reshape(G * r, D, C).float()
+    rows = dense(blocks[:, r + 2 :]).reshape(G * r, D, C)
     o = torch.where(keep[None, :, None], o, torch.zeros_like(o))
     return torch.einsum("bhd,hdc->bc", o, rows)[None]
 
 
 def mlp(
     x: Tensor,
-    rows: Tensor,
+    rows: Weight,
     bias: Tensor | None,
     neurons: Selection = None,
     *,
@@ -249,7 +252,7 @@ def mlp(
     """
     rows, bias, total = _select_rows(rows, bias, neurons)
     gated = rows.shape[1] == 3
-    weights = rows.float()
+    weights = dense(rows)
     bias = (
         torch.zeros(rows.shape[0], rows.shape[1] - 1, device=x.device)
         if bias is None
@@ -311,7 +314,7 @@ def _head_mask(heads: Selection, num_heads: int, device: torch.device) -> Tensor
     return mask
 
 
-def _select_rows(rows: Tensor, bias: Tensor | None, neurons: Selection) -> tuple[Tensor, Tensor | None, int]:
+def _select_rows(rows: Weight, bias: Tensor | None, neurons: Selection) -> tuple[Weight, Tensor | None, int]:
     if neurons is None:
         return rows, bias, rows.shape[0]
     idx = neurons[0][: int(neurons[1])].long()

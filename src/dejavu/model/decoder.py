@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dejavu.checkpoint.layout import Layer, Norm, Weights
 from dejavu.config import ZEROING_ACTIVATIONS, Mode, ModelConfig
+from dejavu.kernels.quantized import Quantized, Weight, dense
 from dejavu.kernels.reference import Selection, activate, rotate
 from dejavu.model.cache import KVCache
 from dejavu.model.hooks import Hooks
@@ -157,9 +158,9 @@ class Decoder:
     def _forward(self, ids: Tensor, cache: KVCache, row: int, start: int, hooks: Hooks) -> Tensor:
         """Hidden states (T, C) of tokens at positions start .. start+T, before the final norm."""
         c, w = self.config, self.weights
-        x = w.embed[ids].float()
+        x = dense(w.embed[ids])
         if w.project_in is not None:
-            x = _matmul(x, w.project_in.T)
+            x = _matmul(x, _plain(w.project_in, w.dtype).T)
         if w.position_table is not None:
             first = start + c.position_offset
             x = x + w.position_table[first : first + ids.numel()].float()
@@ -178,7 +179,8 @@ class Decoder:
         return x
 
     def _attention(self, y: Tensor, layer: Layer, cache: KVCache, i: int, row: int, start: int, hooks: Hooks) -> Tensor:
-        blocks = layer.attn.blocks
+        # Quantised weights are unpacked for the GEMMs one block of a layer at a time.
+        blocks = _plain(layer.attn.blocks, self.weights.dtype)
         G, _, D, C = blocks.shape
         r, T = layer.attn.heads_per_group, y.shape[0]
         end = start + T
@@ -214,7 +216,7 @@ class Decoder:
         return out if layer.attn.out_bias is None else out + layer.attn.out_bias
 
     def _mlp(self, y: Tensor, layer: Layer, i: int, hooks: Hooks) -> Tensor:
-        c, rows = self.config, layer.mlp.rows
+        c, rows = self.config, _plain(layer.mlp.rows, self.weights.dtype)
         bias = None if layer.mlp.in_bias is None else layer.mlp.in_bias.view(rows.shape[0], -1)
 
         def up(part: int) -> Tensor:
@@ -231,13 +233,20 @@ class Decoder:
     def _head(self, x: Tensor) -> Tensor:
         w = self.weights
         y = self._plain_norm(x, w.final_norm) if self.config.final_norm else x
-        y = y if w.project_out is None else _matmul(y, w.project_out.T)
-        return _matmul(y, w.head.T)
+        y = y if w.project_out is None else _matmul(y, _plain(w.project_out, w.dtype).T)
+        return _matmul(y, _plain(w.head, w.dtype).T)
 
     def _plain_norm(self, x: Tensor, norm: Norm) -> Tensor:
         if self.config.norm == "rms":
             return F.rms_norm(x, x.shape[-1:], norm.weight, self.config.norm_eps)
         return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, self.config.norm_eps)
+
+
+def _plain(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """The weights as a tensor for `_matmul`: quantised ones in float32 on a CPU, as the decode kernels see them."""
+    if not isinstance(weight, Quantized):
+        return weight
+    return weight.dequantize(dtype if weight.device.type == "cuda" else torch.float32)
 
 
 def _matmul(x: Tensor, w: Tensor) -> Tensor:

@@ -6,17 +6,18 @@ from types import ModuleType
 
 import torch
 
-from dejavu.checkpoint.layout import Weights, allocate
+from dejavu.checkpoint.layout import Quantization, Weights, allocate
 from dejavu.checkpoint.load import Progress, fill, match, stored_dtype
-from dejavu.checkpoint.source import Checkpoint
+from dejavu.checkpoint.packed import packed_settings, packed_slots
+from dejavu.checkpoint.source import BYTES, DTYPE_NAMES, Checkpoint
 from dejavu.config import ModelConfig
 from dejavu.device import choose_dtype
-from dejavu.errors import CheckpointError
+from dejavu.errors import CheckpointError, ConfigError
 from dejavu.model import family
 
 
 def plan_weights(
-    checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "cpu"
+    checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "cpu", quantization: Quantization | None = None
 ) -> tuple[ModelConfig, Weights, dict[str, str]]:
     """Check a model from config.json and the tensors' headers, and lay its weights out without memory.
 
@@ -30,10 +31,23 @@ def plan_weights(
             f"{checkpoint.path}: config.json says {config.num_hidden_layers} layers, but there are only "
             f"{len(checkpoint.headers)} tensors; the two do not belong together"
         )
+    packed = packed_settings(checkpoint)
+    if packed is not None:
+        if quantization is not None:
+            raise ConfigError(f"{checkpoint.path}: is quantised already ({packed[0].weights.name}); ask for no format")
+        dtype = choose_dtype(dtype, packed[1], device)
+        plan = allocate(config, dtype, _no_memory, packed[0])
+        slots = packed_slots(plan)
+        names = match(checkpoint, slots, dtypes=(*DTYPE_NAMES.values(), BYTES))
+        for name, slot in slots.items():
+            if (checkpoint.headers[name].dtype == BYTES) != (slot.view.dtype == torch.uint8):
+                raise CheckpointError(f"{checkpoint.headers[name].file}: {name} has the wrong dtype; quantise it again")
+        return config, plan, names
     shapes = allocate(config, torch.float32, _no_memory)
     tied = (r"^lm_head\.weight$",) if shapes.head is shapes.embed else ()
     names = match(checkpoint, module.slots(config, shapes), prefixes=module.PREFIXES, ignored=(*module.IGNORED, *tied))
-    return config, allocate(config, choose_dtype(dtype, stored_dtype(checkpoint, names), device), _no_memory), names
+    dtype = choose_dtype(dtype, stored_dtype(checkpoint, names), device)
+    return config, allocate(config, dtype, _no_memory, quantization), names
 
 
 def load_weights(
@@ -42,21 +56,26 @@ def load_weights(
     ops: ModuleType,
     dtype: str = "auto",
     device: str = "cpu",
+    quantization: Quantization | None = None,
     progress: Progress | None = None,
 ) -> tuple[ModelConfig, Weights]:
-    """Read a model's weights; peak memory stays under 1.15 times their size.
+    """Read a model's weights; peak memory stays under 1.15 times their size, or
+    quantised, their size and one matrix.
 
     Args:
         ops: the kernel backend, whose `empty` allocates on `device`.
         dtype: of the matrices: "fp32", "bf16", "fp16", or "auto" (device.choose_dtype). Norms and biases are
             float32 always.
+        quantization: quantise the matrices as they are read; None: not.
         progress: called with (bytes done, bytes in all) as tensors are read.
     Raises: CheckpointError for an unsupported or damaged checkpoint, before memory is taken; ConfigError and
         KernelUnavailable for a dtype that does not exist or cannot run here.
     """
-    config, plan, names = plan_weights(checkpoint, dtype=dtype, device=device)
-    weights = allocate(config, plan.dtype, ops.empty)
-    fill(checkpoint, family(config.model_type).slots(config, weights), names, progress)
+    config, plan, names = plan_weights(checkpoint, dtype=dtype, device=device, quantization=quantization)
+    weights = allocate(config, plan.dtype, ops.empty, plan.quantization)
+    packed = packed_settings(checkpoint) is not None
+    slots = packed_slots(weights) if packed else family(config.model_type).slots(config, weights)
+    fill(checkpoint, slots, names, progress)
     return config, weights
 
 

@@ -8,6 +8,7 @@ of prices gives the frontier, every point of which is measured through the model
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -201,7 +202,7 @@ class Search:
         slopes = [
             self._sensitivity[b] * (a.loss - z.loss) / (z.bytes - a.bytes)
             for b, options in self._options.items()
-            for a, z in zip(options, options[1:], strict=False)
+            for a, z in itertools.pairwise(options)
             if z.bytes > a.bytes and a.loss > z.loss
         ]
         low, high = min(slopes, default=1e-12), max(slopes, default=1e-6)

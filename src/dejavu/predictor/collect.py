@@ -153,7 +153,7 @@ class Collected:
         return torch.from_numpy(mapped[rows].astype(np.float32))
 
     def neurons(self, layer: int) -> Callable[[slice], Tensor]:
-        """A function from rows to (rows, I) float32: the norms of the active neurons' contributions, 0 of the others."""
+        """A function from rows to (rows, I) float32: norms of the active neurons' contributions, else 0."""
         bits = np.memmap(self._folder / f"active{layer}.bits", np.uint8, "r").reshape(self.tokens, -1)
         norms = np.memmap(self._folder / f"norms{layer}.f16", np.float16, "r")
         ends = np.concatenate(([0], np.cumsum(np.bitwise_count(bits).sum(1, dtype=np.int64))))

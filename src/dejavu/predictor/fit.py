@@ -258,8 +258,8 @@ class _Work:
         bound = self._config.bound
         best = min(point.measured[bound] for point in points)
         return PackError(
-            f"no setting keeps {bound} within {self._config.limit:g}: the best reaches {best:.4g}, so no pack is written; "
-            "allow more, or collect more tokens"
+            f"no setting keeps {bound} within {self._config.limit:g}: the best reaches {best:.4g}, so no pack is "
+            "written; allow more, or collect more tokens"
         )
 
     def _rest_bytes(self, options: dict[int, list[calibrate.Option]]) -> float:
@@ -299,7 +299,10 @@ class _Work:
 
 
 def tune(source: str | os.PathLike, out: str | os.PathLike, quality: float) -> Pack:
-    """A pack whose default is another point of its frontier; nothing is trained. Raises: as load_pack and Pack.point."""
+    """A pack whose default is another point of its frontier; nothing is trained.
+
+    Raises: as load_pack and Pack.point.
+    """
     pack = load_pack(source)
     pack.default = pack.points.index(pack.point(quality))
     pack.save(out)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dejavu.checkpoint.layout import Mlp
+from dejavu.kernels.quantized import dense
 from dejavu.predictor.collect import Collected
 from dejavu.selection.predictor import Predictor
 
@@ -103,14 +104,14 @@ def _regressed(data: Data, own_inputs: Tensor, mlp: Mlp) -> Callable[[int], Para
     """A function from a rank to the reduced-rank regression of the (gate) pre-activations."""
     n = len(own_inputs)
     bias = None if mlp.in_bias is None else mlp.in_bias.view(mlp.rows.shape[0], -1)[:, 0]
-    pre = F.linear(own_inputs, mlp.rows[:, 0].float(), bias)
+    pre = F.linear(own_inputs, dense(mlp.rows[:, 0]), bias)
     y = data.inputs(slice(0, n))
     weight, offset = _regression(y, pre)  # (C, I)
     centred = y - y.mean(0)
     # Singular vectors of the fitted values: project onto the directions in which they vary most.
     half = torch.linalg.cholesky(centred.T @ centred / n + _ridge(centred))
     spread = half.T @ weight  # (C, I), the same covariance as the fitted values
-    values, vectors = torch.linalg.eigh(spread @ spread.T)
+    _, vectors = torch.linalg.eigh(spread @ spread.T)
     scale = 3.0 / pre.std()
 
     def parameters(rank: int) -> Parameters:

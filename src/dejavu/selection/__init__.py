@@ -7,6 +7,8 @@
 - `non_contextual`: the oracle's choice for the token's embedding alone, without its context.
 - `random`: a new random set for each token.
 - `nearest`: neurons by approximate nearest-neighbour search over their input rows; heads are all read.
+- `signs`: neurons whose pre-activation is largest when of each input weight only the sign is looked at; heads are all
+  read.
 """
 
 from __future__ import annotations
@@ -45,8 +47,8 @@ def make_selector(
         for layer in range(config.num_hidden_layers)
     ]
     sparse_heads = any(heads is not None for heads, _ in cuts)
-    if selection.policy == "nearest" and sparse_heads:
-        raise ConfigError("policy nearest selects neurons only: attn_density must be 1")
+    if selection.policy in ("nearest", "signs") and sparse_heads:
+        raise ConfigError(f"policy {selection.policy} selects neurons only: attn_density must be 1")
     if selection.policy == "oracle" and selection.kv == "lazy" and sparse_heads:
         raise ConfigError(
             "the oracle computes every head before it chooses, so keys and values are not lazy: use kv full"
@@ -66,6 +68,10 @@ def make_selector(
 
         kind = oracle.OracleSelector if selection.policy == "oracle" else oracle.NonContextualSelector
         return kind(cuts, config, weights, ops)
+    if selection.policy == "signs":
+        from dejavu.selection.signs import SignsSelector
+
+        return SignsSelector(cuts, weights, ops)
     from dejavu.selection.nearest import NearestSelector
 
     return NearestSelector(cuts, config, weights, ops)

@@ -11,6 +11,7 @@ from torch import Tensor
 from dejavu.checkpoint.layout import Weights
 from dejavu.config import ModelConfig
 from dejavu.errors import KernelUnavailable
+from dejavu.kernels.quantized import dense
 from dejavu.selection.selector import Cuts, ScoreSelector
 
 
@@ -32,7 +33,7 @@ class NearestSelector(ScoreSelector):
         self._total = config.intermediate_size
         self._indexes = []
         for (_, cut), layer in zip(cuts, weights.layers, strict=True):
-            rows, bias = layer.mlp.rows[:, 0].float(), layer.mlp.in_bias
+            rows, bias = dense(layer.mlp.rows[:, 0]), layer.mlp.in_bias
             bias = torch.zeros(len(rows), 1) if bias is None else bias.view(len(rows), -1)[:, :1]
             index = hnswlib.Index(space="ip", dim=rows.shape[1] + 1)
             index.init_index(max_elements=len(rows), ef_construction=200, M=32, random_seed=0)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dejavu.checkpoint.layout import Layer, Weights
 from dejavu.config import ModelConfig
+from dejavu.kernels.quantized import dense
 from dejavu.kernels.reference import activate
 from dejavu.selection.selector import Cuts, ScoreSelector
 
@@ -24,9 +25,9 @@ class OutputNorms:
 
     def __init__(self, layer: Layer, config: ModelConfig):
         self._config, self._mlp = config, layer.mlp
-        self._columns = layer.mlp.rows[:, -1].float().norm(dim=1)
+        self._columns = dense(layer.mlp.rows[:, -1]).norm(dim=1)
         r = layer.attn.heads_per_group
-        out = layer.attn.blocks[:, r + 2 :].flatten(0, 1).float()  # (H, D, C)
+        out = dense(layer.attn.blocks[:, r + 2 :]).flatten(0, 1)  # (H, D, C)
         self._gram = out @ out.transpose(1, 2)  # (H, D, D)
 
     def heads(self, o: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ class OutputNorms:
         """(T, I) for the MLP's normalised inputs y (T, C)."""
         c, rows, bias = self._config, self._mlp.rows, self._mlp.in_bias
         columns = None if bias is None else bias.view(len(self._columns), -1).T
-        pre = [y @ rows[:, i].float().T for i in range(rows.shape[1] - 1)]
+        pre = [y @ dense(rows[:, i]).T for i in range(rows.shape[1] - 1)]
         pre = pre if columns is None else [p + columns[i] for i, p in enumerate(pre)]
         h = activate(pre[0], c.activation, c.activation_threshold)
         if c.gated:
@@ -84,7 +85,7 @@ class NonContextualSelector(OracleSelector):
         G, _, D, _ = attn.blocks.shape
         r = attn.heads_per_group
         y = self._normalised(self._layers[layer].attn_norm)
-        values = torch.einsum("bc,gdc->bgd", y, attn.blocks[:, r + 1].float())
+        values = torch.einsum("bc,gdc->bgd", y, dense(attn.blocks[:, r + 1]))
         if attn.qkv_bias is not None:
             values = values + attn.qkv_bias[:, r + 1]
         alone = values[:, :, None].expand(-1, G, r, D).reshape(-1, G * r, D)

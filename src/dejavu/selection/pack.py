@@ -1,7 +1,7 @@
 """The sparsity pack: predictors of one model, and the settings at which they were measured, in one folder.
 
-`pack.json` holds the schema version, which checkpoint it was made for, the lookahead, how it was made, and the frontier:
-points from the most faithful to the cheapest, each with a cut for every block and what was measured with it.
+`pack.json` holds the schema version, which checkpoint it was made for, the lookahead, how it was made, and the
+frontier: points from the most faithful to the cheapest, each with a cut for every block and what was measured with it.
 `predictors.safetensors` holds for block `b` the tensors `b.down` (R, C), `b.up` (N, R) and `b.bias` (N,); a single
 linear layer has no `b.down`.
 """

@@ -19,7 +19,7 @@ HEADS, NEURONS = 0, 1
 
 @dataclass(frozen=True)
 class Lookahead:
-    """How many blocks before its own a predictor reads the normalised input of; at the model's start, the first block's.
+    """How many blocks before its own a predictor reads the input of; at the model's start, the first block's.
 
     1, the default and the paper's Figure 2: the neurons of a layer from the input of its attention, the heads of a
     layer from the input of the MLP before it. 0 reads the input of the block itself, and overlaps with nothing.

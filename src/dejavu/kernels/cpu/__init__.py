@@ -18,6 +18,7 @@ from dejavu.config import ACTIVATIONS
 from dejavu.device import default_threads
 from dejavu.errors import ConfigError, KernelUnavailable
 from dejavu.kernels.cpu import _native
+from dejavu.kernels.quantized import Quantized, Weight
 from dejavu.kernels.reference import Selection
 
 _NORMS = ("none", "layer", "rms")
@@ -128,14 +129,24 @@ def _pair(selection: Selection) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if selection is None else selection
 
 
-def embed(ids: Tensor, table: Tensor) -> Tensor:
+def _weights(weight: Weight) -> _native.Weights:
+    if not isinstance(weight, Quantized):
+        return _native.Weights(weight)
+    return _native.Weights(weight.data, weight.width, weight.format.bits, weight.format.group, weight.format.zero_point)
+
+
+def _row_bytes(weight: Weight) -> int:
+    return weight.row_bytes if isinstance(weight, Quantized) else weight.shape[-1] * weight.element_size()
+
+
+def embed(ids: Tensor, table: Weight) -> Tensor:
     out = _floats(ids.shape[0], table.shape[1])
-    _issue(_native.Tape.embed, ids, table, out, 0, False)
+    _issue(_native.Tape.embed, ids, _weights(table), out, 0, False)
     return out
 
 
 def add_positions(x: Tensor, positions: Tensor, table: Tensor, offset: int) -> None:
-    _issue(_native.Tape.embed, positions, table, x, offset, True)
+    _issue(_native.Tape.embed, positions, _weights(table), x, offset, True)
 
 
 def add_norm(
@@ -153,15 +164,15 @@ def add_norm(
     return y
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     out = _floats(x.shape[0], weight.shape[0])
-    _issue(_native.Tape.linear, x, weight, bias, out)
+    _issue(_native.Tape.linear, x, _weights(weight), bias, out)
     return out
 
 
 def attn_qkv(
     x: Tensor,
-    blocks: Tensor,
+    blocks: Weight,
     bias: Tensor | None,
     cos_sin: Tensor | None,
     positions: Tensor,
@@ -180,7 +191,7 @@ def attn_qkv(
         plan = torch.empty(1 + G * (r + 2) + B * G, dtype=torch.int32)
     _issue(
         _native.Tape.attn_qkv,
-        *(x, blocks, bias, cos_sin, positions, k_cache, v_cache, *_pair(heads), hidden, kv_len, q, plan),
+        *(x, _weights(blocks), bias, cos_sin, positions, k_cache, v_cache, *_pair(heads), hidden, kv_len, q, plan),
     )
     return q
 
@@ -200,17 +211,17 @@ def attend(
     return out
 
 
-def attn_out(o: Tensor, blocks: Tensor, heads: Selection = None) -> Tensor:
+def attn_out(o: Tensor, blocks: Weight, heads: Selection = None) -> Tensor:
     _, H, D = o.shape
     C = blocks.shape[3]
-    partials = _floats(_slices(H * D, C * blocks.element_size()), o.shape[0], C)
-    _issue(_native.Tape.attn_out, o, blocks, *_pair(heads), partials)
+    partials = _floats(_slices(H * D, _row_bytes(blocks)), o.shape[0], C)
+    _issue(_native.Tape.attn_out, o, _weights(blocks), *_pair(heads), partials)
     return partials
 
 
 def mlp(
     x: Tensor,
-    rows: Tensor,
+    rows: Weight,
     bias: Tensor | None,
     neurons: Selection = None,
     *,
@@ -220,10 +231,10 @@ def mlp(
     exact: bool = False,
     rows_read: Tensor | None = None,
 ) -> Tensor:
-    partials = _floats(_slices(rows.shape[0], rows[0].numel() * rows.element_size()), *x.shape)
+    partials = _floats(_slices(rows.shape[0], rows.shape[1] * _row_bytes(rows)), *x.shape)
     _issue(
         _native.Tape.mlp,
-        *(x, rows, bias, *_pair(neurons), rows_read, partials),
+        *(x, _weights(rows), bias, *_pair(neurons), rows_read, partials),
         *(ACTIVATIONS.index(activation), threshold, activate_up, exact),
     )
     return partials
