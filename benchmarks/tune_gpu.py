@@ -1,17 +1,20 @@
-"""Search for better tiles at batch 1 on this GPU: one size of one op at a time, keeping what is faster.
+"""Time sets of tiles at batch 1 on this GPU, the table's own first.
 
-    python benchmarks/tune_gpu.py opt-30b
-    python benchmarks/tune_gpu.py opt-6.7b --op mlp_in --op mlp_out
+    PYTHONPATH=src python benchmarks/tune_gpu.py opt-30b
+    PYTHONPATH=src python benchmarks/tune_gpu.py opt-6.7b --op mlp_in --op mlp_out
 
-Prints the entries for kernels/triton/tuning.py with their gain; times are those of kernels_gpu.py. Every candidate is
-checked against PyTorch before it is timed.
+Prints each set with its time, those of kernels_gpu.py; the best belongs into kernels/triton/tuning.py with its gain.
+All are compiled first, in processes side by side, and checked against PyTorch before they are timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import subprocess
+import sys
+from contextlib import suppress
 from statistics import median
-from time import monotonic
 
 from kernels_gpu import Row, attention_rows, measure, mlp_rows, other_rows, set_tiles
 from triton.runtime.errors import OutOfResources, PTXASError
@@ -25,22 +28,31 @@ from dejavu.kernels.triton import tuning
 TIMED = {
     "mlp_in": ("mlp", 0.1),
     "mlp_out": ("mlp", 0.1),
-    "attn_qkv": ("qkv, 1 pending", 0.42),
+    "attn_qkv": ("qkv, 3 pending", 0.42),
     "attn_out": ("attn_out", 0.42),
-    "attend": ("attend 1024", 1024),
+    "attend": ("attend 128", 128),
     "add_norm": ("add_norm", None),
-    "linear": ("linear", None),
 }
-VALUES = {
-    "BN": (2, 4, 8, 16, 32),
-    "BC": (128, 256, 512, 1024, 2048),
-    "KC": (32, 64, 128),
-    "STAGES": (1, 2, 3, 4, 6),
-    "SPLITS": (132, 264, 528, 792),
-    "BT": (32, 64, 128),
-    "BS": (8, 16, 32),
-    "num_warps": (1, 2, 4, 8),
-}
+_SUMS = [
+    (8, 512, 264, 4, 4), (8, 512, 528, 3, 4), (16, 256, 264, 6, 4), (16, 256, 396, 4, 4), (16, 256, 528, 4, 4),
+    (32, 128, 264, 6, 4), (32, 128, 792, 3, 4), (16, 128, 528, 4, 2), (16, 128, 792, 4, 2), (64, 64, 396, 4, 4),
+    (32, 256, 264, 4, 8), (32, 64, 792, 4, 4),
+]  # fmt: skip
+SETS = {
+    "mlp_in": ("BN BC STAGES num_warps", [
+        (1, 1024, 4, 1), (1, 2048, 4, 4), (2, 512, 4, 2), (2, 1024, 4, 4), (2, 1024, 3, 2), (4, 512, 4, 4),
+        (4, 1024, 2, 8), (4, 2048, 3, 8), (8, 256, 4, 4), (8, 512, 3, 4), (8, 1024, 2, 8),
+    ]),
+    "mlp_out": ("BN BC SPLITS STAGES num_warps", _SUMS),
+    "attn_out": ("BN BC SPLITS STAGES num_warps", _SUMS),
+    "attn_qkv": ("BN BC FEW_BC STAGES num_warps", [
+        (16, 256, 128, 3, 4), (16, 256, 128, 5, 4), (8, 512, 128, 3, 4), (8, 512, 256, 3, 4), (8, 256, 128, 5, 4),
+        (8, 256, 256, 5, 2), (8, 128, 128, 5, 2), (4, 1024, 512, 3, 4), (4, 512, 512, 4, 4), (4, 256, 256, 5, 2),
+        (4, 512, 256, 4, 2), (8, 512, 256, 4, 4),
+    ]),
+    "attend": ("BT num_warps", [(32, 4), (32, 1), (64, 8), (128, 4), (128, 8), (64, 2)]),
+    "add_norm": ("num_warps", [(8,), (32,)]),
+}  # fmt: skip
 
 
 def seconds(row: Row) -> float:
@@ -53,47 +65,52 @@ def seconds(row: Row) -> float:
         return float("inf")
 
 
-def search(op: str, row: Row, until: float) -> tuple[float, float]:
-    """Improve the table's entry in place; returns the time of a call before and after."""
-    before = best = seconds(row)
-    improved = True
-    while improved and monotonic() < until:
-        improved = False
-        for name, old in tuning.pick(op, 1).items():
-            for value in VALUES.get(name, ()):
-                if value == old or monotonic() > until:
-                    continue
-                set_tiles(f"{op}:{name}={value}")
-                # Less than 1 % is noise.
-                if (time := seconds(row)) < 0.99 * best:
-                    best, old, improved = time, value, True
-                else:
-                    set_tiles(f"{op}:{name}={old}")
-    return before, best
+def choices(op: str) -> list[str]:
+    """The sets of an op as --tiles takes them; the table's own is the first, empty."""
+    names, sets = SETS[op]
+    return ["", *(f"{op}:" + ",".join(f"{n}={v}" for n, v in zip(names.split(), s, strict=True)) for s in sets)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape")
     parser.add_argument("--op", action="append", choices=TIMED, help="default: all")
-    parser.add_argument("--limit-s", type=float, default=60, help="seconds for each op")
+    parser.add_argument("--compile", type=int, nargs=2, metavar=("PART", "OF"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     try:
         ops, c = backend("triton"), shapes.parse(shapes.shape(args.shape))
     except DejavuError as error:
         parser.error(str(error))
+    if args.compile is None:
+        command = [sys.executable, __file__, *sys.argv[1:], "--compile"]
+        started = [subprocess.Popen([*command, str(i), "14"], stderr=subprocess.DEVNULL) for i in range(14)]
+        for process in started:
+            process.wait()
     groups = (
         mlp_rows(ops, c.hidden_size, c.intermediate_size),
         attention_rows(ops, c.hidden_size, c.num_attention_heads, c.head_dim),
         other_rows(ops, c.hidden_size, c.num_attention_heads, c.intermediate_size, c.vocab_size),
     )
+    number = itertools.count()
     for group in groups:
         for label, make in group:
-            row = (label, getattr(make, "args", (None,))[0])
+            timed = (label, getattr(make, "args", (None,))[0])
             for op in args.op or TIMED:
-                if TIMED[op] == row:
-                    before, after = search(op, make(), monotonic() + args.limit_s)
-                    print(f"{op:10} {before * 1e6:7.1f} -> {after * 1e6:7.1f} us  {tuning.pick(op, 1)}", flush=True)
+                if TIMED[op] != timed:
+                    continue
+                row, entry = make(), dict(tuning.TABLE)
+                for choice in choices(op):
+                    if args.compile is not None and next(number) % args.compile[1] != args.compile[0]:
+                        continue
+                    tuning.TABLE.update(entry)
+                    if choice:
+                        set_tiles(choice)
+                    if args.compile is not None:
+                        with suppress(OutOfResources, PTXASError):
+                            row.calls[0]()
+                    else:
+                        print(f"{args.shape} {op:9} {seconds(row) * 1e6:7.1f} us  {choice or 'as it is'}", flush=True)
+                tuning.TABLE.update(entry)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import dejavu
+from dejavu.engine.step import DecodeStep
+from dejavu.kernels import beside
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,6 +26,69 @@ def test_text_is_the_reference_backends(tiny_checkpoint, mode):
         assert a.stats.step_bytes == pytest.approx(b.stats.step_bytes)
 
 
-def test_selections_are_refused(tiny_checkpoint):
-    with pytest.raises(dejavu.DejavuError, match="CPU"):
-        dejavu.load(tiny_checkpoint(), backend="triton", selection=dejavu.SelectionConfig("random", 0.5))
+@pytest.mark.parametrize("kv", ["lazy", "full"])
+@pytest.mark.parametrize("policy", ["random", "static", "oracle", "non_contextual"])
+def test_sparse_text_is_the_reference_backends(tiny_checkpoint, policy, kv):
+    if (policy, kv) == ("oracle", "lazy"):
+        pytest.skip("the oracle computes every head before it chooses")
+    folder, selection = tiny_checkpoint(), dejavu.SelectionConfig(policy, 0.4, 0.5, kv=kv, pending=4, seed=3)
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
+    texts = []
+    for backend in ("triton", "reference"):
+        calibration = "the quick brown fox" if policy == "static" else None
+        engine = dejavu.load(folder, dtype="fp32", backend=backend, selection=selection, calibration=calibration)
+        texts.append(engine.generate(prompts, max_new_tokens=30))
+    for ours, theirs in zip(*texts, strict=True):
+        assert ours.token_ids == theirs.token_ids
+        assert ours.stats.step_bytes == pytest.approx(theirs.stats.step_bytes)
+
+
+def test_sparse_graph_equals_eager_bit_for_bit_with_lookahead_beside(tiny_checkpoint):
+    """The step is replayed while a second stream scores what comes next; in line the logits are the same."""
+    engine = dejavu.load(tiny_checkpoint(), backend="triton")
+    d = engine._decoder
+    torch.manual_seed(0)
+    L, C, H, inter = (
+        getattr(d.config, n) for n in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+    )
+
+    class Lookahead:
+        capturable = True
+
+        def __init__(self):
+            torch.manual_seed(0)
+            self.weights = [(torch.randn(H, C, device="cuda"), torch.randn(inter, C, device="cuda")) for _ in range(L)]
+
+        def advance(self):
+            pass
+
+        def begin(self, x):
+            self._heads = None
+
+        def heads(self, layer, y, attend):
+            result = None if self._heads is None else self._heads()
+            neurons = self.weights[layer][1]
+            self._neurons = beside(d.ops, lambda: d.ops.select_topk(d.ops.linear(y, neurons), inter // 3), y)
+            return result
+
+        def neurons(self, layer, y):
+            result, self._heads = self._neurons(), None
+            if layer + 1 < L:
+                heads = self.weights[layer + 1][0]
+                self._heads = beside(d.ops, lambda: d.ops.select_topk(d.ops.linear(y, heads), H // 2), y)
+            return result
+
+    def logits():
+        step = DecodeStep(d, 1, 32, "sparse", Lookahead(), 4)
+        out = [step.prefill(0, [1, 2, 3])]
+        step.reset_counts()
+        for token in range(4, 30):
+            step.feed(0, token)
+            out.append(step.run()[0])
+        return torch.stack(out), step.heads_read, step.rows_read
+
+    overlapped = logits()
+    with d.ops.sequential():
+        for a, b in zip(overlapped, logits(), strict=True):
+            assert torch.equal(a, b)
+    assert overlapped[1].tolist() == [26 * H] + [26 * (H // 2)] * (L - 1)

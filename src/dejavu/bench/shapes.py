@@ -100,28 +100,26 @@ def fill_noise(tensors: Iterable[tuple[Tensor, float]], seed: int) -> None:
             done, at = done + count, (at + count) % _NOISE
 
 
-def fill_bytes(rows: Iterable[tuple[Quantized, float]], seed: int) -> None:
-    """Fill int8 or int4 rows (mutated) with uniform levels of the given standard deviations, without a plain copy."""
-    noise = torch.randint(256, (_NOISE,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    at = 0
-    for matrix, std in rows:
-        flat, done = matrix.data.view(-1), 0
-        while done < flat.numel():
-            count = min(_NOISE - at, flat.numel() - done)
-            flat[done : done + count] = noise[at : at + count]
-            done, at = done + count, (at + count) % _NOISE
-        values, scales, offsets = matrix.parts()
-        matrix.data[..., values.shape[-1] :] = 0
-        if matrix.width % LINE:  # values of the padding, by quantising a row of ones that ends where the rows do
-            used = quantize(torch.ones(1, matrix.width), RowFormat(8)).parts()[0].bool()
-            mask = used.unflatten(1, (-1, 2, LINE // 2)).to(torch.uint8) * 15
-            packed = (mask[:, :, 0] | mask[:, :, 1] << 4).flatten(1)
-            values &= used.to(torch.uint8).mul(255) if matrix.format.bits == 8 else packed
-        levels = 2**matrix.format.bits
-        scale = std / ((levels**2 - 1) / 12) ** 0.5
-        scales.fill_(scale)
-        if offsets is not None:
-            offsets.fill_(-scale * (levels - 1) / 2)
+def fill_quantized(matrix: Quantized, std: float, seed: int = 0) -> None:
+    """Fill int8 or int4 rows (mutated) with uniform levels of the given standard deviation, without a plain copy."""
+    generator = torch.Generator(matrix.device).manual_seed(seed)
+    noise = torch.randint(256, (_NOISE,), dtype=torch.uint8, device=matrix.device, generator=generator)
+    flat = matrix.data.view(-1)
+    for first in range(0, flat.numel(), _NOISE):
+        flat[first : first + _NOISE] = noise[: min(_NOISE, flat.numel() - first)]
+    values, scales, offsets = matrix.parts()
+    matrix.data[..., values.shape[-1] :] = 0
+    if matrix.width % LINE:  # values of the padding, by quantising a row of ones that ends where the rows do
+        used = quantize(torch.ones(1, matrix.width), RowFormat(8)).parts()[0].bool()
+        mask = used.unflatten(1, (-1, 2, LINE // 2)).to(torch.uint8) * 15
+        packed = (mask[:, :, 0] | mask[:, :, 1] << 4).flatten(1)
+        keep = used.to(torch.uint8).mul(255) if matrix.format.bits == 8 else packed
+        values &= keep.to(matrix.device)
+    levels = 2**matrix.format.bits
+    scale = std / ((levels**2 - 1) / 12) ** 0.5
+    scales.fill_(scale)
+    if offsets is not None:
+        offsets.fill_(-scale * (levels - 1) / 2)
 
 
 def random_weights(
@@ -149,7 +147,9 @@ def random_weights(
         weights = allocate(config, dtype, ops.empty, quantization)
         matrices = list(_matrices(config, weights))
         fill_noise(((m, std) for m, std in matrices if not isinstance(m, Quantized)), seed)
-        fill_bytes(((m, std) for m, std in matrices if isinstance(m, Quantized)), seed)
+        for number, (matrix, std) in enumerate(matrices):
+            if isinstance(matrix, Quantized):
+                fill_quantized(matrix, std, seed + number)
         for layer in weights.layers:
             for tensor in (layer.attn.qkv_bias, layer.attn.out_bias, layer.mlp.in_bias, layer.mlp.out_bias):
                 if tensor is not None:

@@ -15,14 +15,13 @@ from torch import Tensor
 
 from dejavu.checkpoint.layout import Quantization, parse_quantization
 from dejavu.checkpoint.load import Progress
-from dejavu.checkpoint.packed import packed_settings
 from dejavu.checkpoint.source import BUNDLED, Checkpoint, open_checkpoint
 from dejavu.config import ZEROING_ACTIVATIONS, Mode, ModelConfig, SamplingParams, SelectionConfig
 from dejavu.device import default_threads
 from dejavu.engine.generation import Batch, Chunk, Generation
 from dejavu.engine.step import DecodeStep
 from dejavu.engine.tokenizer import Tokenizer
-from dejavu.errors import CapacityError, CheckpointError, ConfigError, KernelUnavailable
+from dejavu.errors import CapacityError, CheckpointError, ConfigError
 from dejavu.kernels import backend as load_backend
 from dejavu.model import family
 from dejavu.model.decoder import Decoder
@@ -67,8 +66,6 @@ class Engine:
     ):
         self.decoder, self.tokenizer, self.checkpoint = decoder, tokenizer, checkpoint
         self.mode, self.selection = _choose_mode(mode, decoder.config, selection), selection
-        if selection is not None and decoder.device.type != "cpu":
-            raise KernelUnavailable("mode sparse runs on the CPU in this version; choose backend cpu")
         self._selector = None if selection is None else self._make_selector(selection, calibration)
         self._idle: list[DecodeStep] = []  # the last step made, while nothing uses it
 
@@ -104,7 +101,7 @@ class Engine:
             backend: of the kernels: "cpu", "triton", "reference", or "auto": triton where there is an NVIDIA GPU.
             revision: branch, tag or commit of a hub id.
             progress: called with (bytes done, bytes in all) while weights are read.
-        Raises: CheckpointError, ConfigError, KernelUnavailable.
+        Raises: CheckpointError, ConfigError.
         """
         if pack is not None:
             if selection is not None:
@@ -118,8 +115,6 @@ class Engine:
         set_threads(ops, threads)
         checkpoint = open_checkpoint(model, revision=revision)
         # What can fail fast comes before the weights, which may take minutes.
-        if device != "cpu" and (quantization or packed_settings(checkpoint)):
-            raise KernelUnavailable("quantised weights run on the CPU in this version; choose backend cpu")
         config = family(checkpoint.config.get("model_type")).parse(checkpoint.config)
         mode, tokenizer = _choose_mode(mode, config, selection), Tokenizer(checkpoint.path, config)
         settings = {"ops": ops, "dtype": dtype, "device": device, "quantization": quantization, "progress": progress}

@@ -48,7 +48,7 @@ class DecodeStep:
         L, kinds = decoder.config.num_hidden_layers, 3 if decoder.config.gated else 2
         self.rows_read = torch.zeros(L, kinds, dtype=torch.int64, device=decoder.device)
         self._steps = 0
-        self._selector = None if selector is None else _Watched(selector, L)
+        self._selector = None if selector is None else _Watched(selector, L, decoder.device)
         self._graph = None
         if hasattr(decoder.ops, "capture") and (selector is None or selector.capturable):
             with torch.inference_mode():
@@ -70,7 +70,7 @@ class DecodeStep:
         every = self._steps * config.num_attention_heads
         if self._selector is None:
             return torch.full((config.num_hidden_layers,), every)
-        return torch.tensor(self._selector.heads_read(every))
+        return self._selector.heads_read(every)
 
     def reset_counts(self) -> None:
         self._steps = 0
@@ -102,40 +102,54 @@ class DecodeStep:
             with torch.inference_mode():
                 logits = self._step()
         self._steps += 1
-        if self._selector is not None:
+        if self._selector is not None and not self._selector.on_gpu:
             self._selector.count()
         return logits.cpu()
 
     def _step(self) -> Tensor:
-        return self._decoder.step(
+        logits = self._decoder.step(
             *self._inputs, self.cache, mode=self._mode, selector=self._selector, rows_read=self.rows_read
         )
+        if self._selector is not None and self._selector.on_gpu:
+            self._selector.count()
+        return logits
 
 
 class _Watched:
-    """A selector, and how many heads it has selected in each layer."""
+    """A selector, and how many heads it has selected in each layer.
 
-    def __init__(self, selector: Selector, layers: int):
+    `count` adds a step's counts: on a GPU as part of the step, which thus never waits for the host; else after it,
+    through numpy, as the tape of the CPU records no tensor ops.
+    """
+
+    def __init__(self, selector: Selector, layers: int, device: torch.device):
         self._selector, self.capturable = selector, selector.capturable
+        self.on_gpu = device.type == "cuda"
         self.advance, self.begin, self.neurons = selector.advance, selector.begin, selector.neurons
-        # By layer that selects: the last step's count, through numpy as above, and the sum over steps.
-        self._counts: dict[int, np.ndarray] = {}
-        self._totals = [0] * layers
+        # By layer that selects; captured counts are buffers that every replay renews.
+        self._counts: dict[int, Tensor | np.ndarray] = {}
+        self._totals = torch.zeros(layers, dtype=torch.int64, device=device)
+        self._none = torch.zeros(1, dtype=torch.int32, device=device)
 
     def heads(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> Selection:
         selection = self._selector.heads(layer, y, attend)
         if selection is not None:
-            self._counts[layer] = selection[1].numpy()
+            self._counts[layer] = selection[1] if self.on_gpu else selection[1].numpy()
         return selection
 
     def count(self) -> None:
-        """Add the last step's counts. Captured ones are buffers that every replay renews."""
+        if self.on_gpu:
+            self._totals += torch.cat([self._counts.get(layer, self._none) for layer in range(len(self._totals))])
+            return
+        totals = self._totals.numpy()
         for layer, count in self._counts.items():
-            self._totals[layer] += int(count[0])
+            totals[layer] += count[0]
 
     def reset(self) -> None:
-        self._totals = [0] * len(self._totals)
+        self._totals.zero_()
 
-    def heads_read(self, every: int) -> list[int]:
-        """By layer; `every` where all heads are read."""
-        return [total if layer in self._counts else every for layer, total in enumerate(self._totals)]
+    def heads_read(self, every: int) -> Tensor:
+        """(L,) int64 on the CPU; `every` where all heads are read."""
+        totals = self._totals.cpu().clone()
+        totals[[layer for layer in range(len(totals)) if layer not in self._counts]] = every
+        return totals

@@ -58,11 +58,11 @@ def make_selector(
 
         if importance is None:
             raise ConfigError("policy static needs a calibration text to find the units that matter most")
-        return StaticSelector(cuts, ops, importance)
+        return StaticSelector(cuts, ops, importance, weights.embed.device)
     if selection.policy == "random":
         from dejavu.selection.fixed import RandomSelector
 
-        return RandomSelector(cuts, ops, totals, selection.seed)
+        return RandomSelector(cuts, ops, totals, selection.seed, weights.embed.device)
     if selection.policy in ("oracle", "non_contextual"):
         from dejavu.selection import oracle
 

@@ -22,11 +22,12 @@ class _Buffers(ScoreSelector):
 
     Args:
         totals: heads and neurons of a layer.
+        device: of the model.
     """
 
-    def __init__(self, cuts: Cuts, ops: ModuleType, totals: tuple[int, int]):
+    def __init__(self, cuts: Cuts, ops: ModuleType, totals: tuple[int, int], device: torch.device):
         super().__init__(cuts, ops)
-        self._totals = totals
+        self._totals, self._device = totals, device
         self._buffers = [
             tuple(None if cut is None else self._draw(layer, part) for part, cut in enumerate(pair))
             for layer, pair in enumerate(self.cuts)
@@ -59,23 +60,23 @@ class StaticSelector(_Buffers):
         importance: of each head (H,) and each neuron (I,), for each layer.
     """
 
-    def __init__(self, cuts: Cuts, ops: ModuleType, importance: Sequence[tuple[Tensor, Tensor]]):
+    def __init__(self, cuts: Cuts, ops: ModuleType, importance: Sequence[tuple[Tensor, Tensor]], device: torch.device):
         self._importance = importance
-        super().__init__(cuts, ops, (importance[0][0].numel(), importance[0][1].numel()))
+        super().__init__(cuts, ops, (importance[0][0].numel(), importance[0][1].numel()), device)
 
     def scores(self, layer: int, part: int, tokens: int) -> Tensor:
-        return self._importance[layer][part].float().expand(tokens, -1)
+        return self._importance[layer][part].to(self._device).float().expand(tokens, -1)
 
 
 class RandomSelector(_Buffers):
     """New random units for every token, drawn on the host before each step. `totals`: heads and neurons of a layer."""
 
-    def __init__(self, cuts: Cuts, ops: ModuleType, totals: tuple[int, int], seed: int):
+    def __init__(self, cuts: Cuts, ops: ModuleType, totals: tuple[int, int], seed: int, device: torch.device):
         self._generator = torch.Generator().manual_seed(seed)
-        super().__init__(cuts, ops, totals)
+        super().__init__(cuts, ops, totals, device)
 
     def scores(self, layer: int, part: int, tokens: int) -> Tensor:
-        return torch.rand(tokens, self._totals[part], generator=self._generator)
+        return torch.rand(tokens, self._totals[part], generator=self._generator).to(self._device)
 
     def advance(self) -> None:
         for layer, pair in enumerate(self._buffers):

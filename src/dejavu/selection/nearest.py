@@ -33,8 +33,8 @@ class NearestSelector(ScoreSelector):
         self._total = config.intermediate_size
         self._indexes = []
         for (_, cut), layer in zip(cuts, weights.layers, strict=True):
-            rows, bias = dense(layer.mlp.rows[:, 0]), layer.mlp.in_bias
-            bias = torch.zeros(len(rows), 1) if bias is None else bias.view(len(rows), -1)[:, :1]
+            rows, bias = dense(layer.mlp.rows[:, 0]).cpu(), layer.mlp.in_bias
+            bias = torch.zeros(len(rows), 1) if bias is None else bias.view(len(rows), -1)[:, :1].cpu()
             index = hnswlib.Index(space="ip", dim=rows.shape[1] + 1)
             index.init_index(max_elements=len(rows), ef_construction=200, M=32, random_seed=0)
             index.set_ef(max(2 * cut.k, 64) if cut else 64)
@@ -50,8 +50,8 @@ class NearestSelector(ScoreSelector):
         cut = self.cuts[layer][1]
         if cut is None:
             return None
-        query = torch.cat((y, torch.ones(len(y), 1)), 1)
+        query = torch.cat((y.cpu(), torch.ones(len(y), 1)), 1)
         found, distances = self._indexes[layer].knn_query(query.numpy(), k=cut.k, num_threads=1)
         scores = torch.full((len(y), self._total), -torch.inf)
         # hnswlib's distance of space "ip" is one minus the inner product.
-        return scores.scatter_(1, torch.from_numpy(found.astype("int64")), 1 - torch.from_numpy(distances))
+        return scores.scatter_(1, torch.from_numpy(found.astype("int64")), 1 - torch.from_numpy(distances)).to(y.device)

@@ -111,8 +111,10 @@ class Importance(OracleSelector):
 
     def __init__(self, config: ModelConfig, weights: Weights, ops: ModuleType):
         super().__init__([(None, None)] * len(weights.layers), config, weights, ops)
+        device = weights.embed.device
         self.total = [
-            (torch.zeros(config.num_attention_heads), torch.zeros(config.intermediate_size)) for _ in weights.layers
+            tuple(torch.zeros(n, device=device) for n in (config.num_attention_heads, config.intermediate_size))
+            for _ in weights.layers
         ]
 
     def head_scores(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> None:

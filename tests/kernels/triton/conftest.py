@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dejavu.kernels import reference
 from dejavu.kernels import triton as ops
+from dejavu.kernels.quantized import Quantized
 from dejavu.kernels.triton import tuning
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -54,9 +55,17 @@ def small_tiles(monkeypatch):
     torch.manual_seed(0)
     if not INTERPRETED:
         return
-    small = {"BN": 16, "BC": 32, "KC": 32, "SPLIT": 2, "BT": 16, "SPLITS": 12, "BS": 2, "num_warps": 1}
+    small = {"BN": 16, "BC": 32, "FEW_BC": 32, "SPLIT": 2, "BT": 16, "SPLITS": 12, "num_warps": 1}
+    # Four bits are read by lines of 64 values in a batch of one.
+    lines = small | {"BC": 64, "FEW_BC": 64}
     table = {
-        key: tuple({name: min(value, small.get(name, value)) for name, value in tiles.items()} for tiles in entry)
+        key: tuple(
+            {
+                name: min(value, (lines if "int4" in key[0] and one else small).get(name, value))
+                for name, value in t.items()
+            }
+            for t, one in zip(entry, (True, False), strict=True)
+        )
         for key, entry in tuning.TABLE.items()
     }
     monkeypatch.setattr(tuning, "TABLE", table)
@@ -84,6 +93,8 @@ def interpret_bfloat16_products(monkeypatch):
 def _copied(value, device):
     if isinstance(value, tuple):
         return tuple(_copied(part, device) for part in value)
+    if isinstance(value, Quantized):
+        return Quantized(value.data.clone().to(device), value.width, value.format)
     return value.clone().to(device) if isinstance(value, Tensor) else value
 
 
@@ -97,7 +108,9 @@ def both() -> Callable:
         my_kwargs = {key: _copied(value, device) for key, value in kwargs.items()}
         their_kwargs = {key: _copied(value, "cpu") for key, value in kwargs.items()}
         result = getattr(ops, name)(*mine, **my_kwargs)
-        expected = getattr(reference, name)(*theirs, **their_kwargs)
+        # Where weights are quantised, the reference gets what they stand for.
+        plain = [arg.dequantize() if isinstance(arg, Quantized) else arg for arg in theirs]
+        expected = getattr(reference, name)(*plain, **their_kwargs)
         mine, my_kwargs = _copied(mine, "cpu"), {key: _copied(value, "cpu") for key, value in my_kwargs.items()}
         return _copied(result, "cpu"), expected, (*mine, my_kwargs), (*theirs, their_kwargs)
 

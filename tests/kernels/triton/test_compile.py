@@ -12,6 +12,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from dejavu.kernels import triton as ops
+from dejavu.kernels.quantized import Quantized, RowFormat
 from dejavu.kernels.triton import tuning
 from dejavu.kernels.triton.bandwidth import _read
 
@@ -90,6 +91,39 @@ def test_matrix_kernels(compiled, B):
 def test_other_weights(compiled, dtype):
     ops.mlp(make(2, C), make(INTERMEDIATE, 2, C, dtype=dtype), None, activation="gelu")
     check_weight_loads(compiled, ["_mlp_in", "_sum_rows"])
+
+
+@pytest.mark.parametrize("B", [1, 16])
+@pytest.mark.parametrize("form", ["int8", "int4", "int4-g32z"])
+def test_quantized_weights(compiled, form, B):
+    form = RowFormat.parse(form)
+
+    def rows(*shape):
+        return Quantized(make(*shape[:-1], form.row_bytes(shape[-1]), dtype=torch.uint8), shape[-1], form)
+
+    x, blocks, positions = make(B, C), rows(H, 4, D, C), make(B, dtype=torch.int32)
+    caches = [make(B, H, S, D, dtype=torch.bfloat16) for _ in range(2)]
+    lazy = {"hidden": make(B, 32, C), "kv_len": make(B, H, dtype=torch.int32)}
+    ops.linear(x, rows(50272, C))
+    ops.attn_qkv(x, blocks, make(H, 3, D), None, positions, *caches, select(H), **lazy)
+    ops.attn_out(make(B, H, D), blocks, select(H))
+    ops.mlp(x, rows(INTERMEDIATE, 2, C), make(INTERMEDIATE), select(4096), activation="relu", exact=True)
+    ops.embed(positions, rows(50272, C))
+    names = ["_linear", "_attn_qkv", "_sum_rows", "_mlp_in", "_sum_rows", "_gather"]
+    assert [name for name, _ in compiled] == names
+    if B == 1:
+        for name, ptx in compiled[:-1]:
+            assert re.search(r"cp\.async\.cg\S* .*0x10\b", ptx), name
+
+
+def test_kernels_wait_for_their_inputs_where_they_may_start_early(compiled, request):
+    """Every kernel of a step: one that did not wait would read what is still being written."""
+    x = make(1, C)
+    ops.add_norm(x, make(3, 1, C), None, None, None, kind="layer", eps=1e-5)
+    ops.linear(x, make(50272, C, dtype=torch.bfloat16))
+    ops.select_topk(make(1, INTERMEDIATE), 1000)
+    hopper = request.node.callspec.params["compiled"] >= 90
+    assert [("griddepcontrol.wait" in ptx) for _, ptx in compiled] == [hopper] * 4
 
 
 @pytest.mark.parametrize("G", [H, 8])

@@ -10,7 +10,7 @@ from dejavu.kernels import backend, reference
 from dejavu.kernels import triton as ops
 
 # Helpers of the reference, not ops.
-_HELPERS = {"activate", "rotate"}
+_HELPERS = {"activate", "dense", "rotate"}
 _OPS = [n for n, f in vars(reference).items() if inspect.isfunction(f) and n[0] != "_" and n not in _HELPERS]
 
 

@@ -15,16 +15,18 @@ if TYPE_CHECKING:
     from dejavu.bench.peers import Source
 
 
-def random_hugging_face(config: dict[str, Any], dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
+def random_hugging_face(
+    config: dict[str, Any], dtype: torch.dtype, seed: int = 0, device: str = "cpu"
+) -> PreTrainedModel:
     """Hugging Face's model of a config.json, filled with noise as bench.shapes.random_weights fills ours."""
     parsed = AutoConfig.for_model(**config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(parsed, dtype=dtype)
-    model = model.to_empty(device="cpu").eval()
+    model = model.to_empty(device=device).eval()
     model.tie_weights()
     for module in list(model.modules()):
         if hasattr(module, "rotary_emb"):  # its table is not a weight: it is computed when the module is made
-            module.rotary_emb = type(module.rotary_emb)(parsed)
+            module.rotary_emb = type(module.rotary_emb)(parsed).to(device)
     with torch.no_grad():
         parameters = dict(model.named_parameters())
         fill_noise(((p, p.shape[-1] ** -0.5) for p in parameters.values() if p.dim() > 1), seed)

@@ -10,7 +10,7 @@ from dejavu.kernels.triton.attend import attend
 from dejavu.kernels.triton.attn_qkv import attn_qkv
 from dejavu.kernels.triton.bandwidth import read_bandwidth
 from dejavu.kernels.triton.embed import add_positions, embed
-from dejavu.kernels.triton.graph import capture, empty
+from dejavu.kernels.triton.graph import beside, capture, empty, sequential
 from dejavu.kernels.triton.linear import linear
 from dejavu.kernels.triton.mlp import mlp
 from dejavu.kernels.triton.select import select_threshold, select_topk
@@ -22,6 +22,7 @@ __all__ = [
     "attend",
     "attn_out",
     "attn_qkv",
+    "beside",
     "capture",
     "embed",
     "empty",
@@ -30,4 +31,5 @@ __all__ = [
     "read_bandwidth",
     "select_threshold",
     "select_topk",
+    "sequential",
 ]

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dejavu.kernels.reference import Selection
 from dejavu.kernels.triton import tuning
-from dejavu.kernels.triton.tiles import count_in, group_selected, matmul, selection_args, tickets
+from dejavu.kernels.triton.rows import matmul
+from dejavu.kernels.triton.tiles import begin, count_in, group_selected, selection_args, tickets
 
 # Partial results of one head to put together at the end, at most.
 _MAX_SPLITS = 64
@@ -115,7 +116,9 @@ def _attend(
     DP: tl.constexpr,
     BT: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     split = tl.program_id(0)
     group = tl.program_id(1)
     b = tl.program_id(2)
@@ -203,5 +206,6 @@ def attend(
         RP=1 if r == 1 else max(16, triton.next_power_of_2(r)),
         DP=max(16, triton.next_power_of_2(D)),
         **tiles,
+        **tuning.overlap(),
     )
     return out

@@ -2,7 +2,8 @@
 
 A program makes BN rows of one part (a query head, a key or a value) of one group: half of them from the first half
 of the head and half from the second, so that rotary pairs meet in it. Lazy keys and values of all rows of the batch
-are one list of pending tokens, worked through SLOTS at a time: as a rule the weights are read once.
+are one list of pending tokens, worked through SLOTS at a time: as a rule the weights are read once. A single sequence
+mostly has few of them, which need no tensor cores.
 """
 
 from __future__ import annotations
@@ -12,19 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dejavu.kernels.quantized import Weight
 from dejavu.kernels.reference import Selection
 from dejavu.kernels.triton import tuning
-from dejavu.kernels.triton.tiles import (
-    count_in,
-    group_selected,
-    padded_batch,
-    project,
-    selection_args,
-    tickets,
-)
+from dejavu.kernels.triton.rows import project, project_few, project_many, row_args
+from dejavu.kernels.triton.tiles import begin, count_in, group_selected, padded_batch, selection_args, tickets
 
-# Pending tokens that one reading of a group's weights serves.
-_SLOTS = 16
+# Pending tokens that one reading of a group's weights serves: of one sequence without tensor cores, and with them,
+# which multiply SLOT_BC columns a warp.
+_FEW = 4
+_SLOTS, _SLOT_BC = 16, 32
 _COPY = 256
 
 
@@ -78,6 +76,15 @@ def _finish(
 
 
 @triton.jit
+def _pending(token, newest, x_ptr, hidden_ptr, P, C: tl.constexpr):
+    """The normalised input of a token of the only sequence. The newest is still in x: others write it to the ring."""
+    source = tl.where(token >= newest, x_ptr, hidden_ptr + (token % P).to(tl.int64) * C)
+    if C % 4 == 0:
+        source = tl.multiple_of(source, 16)
+    return source
+
+
+@triton.jit
 def _attn_qkv(
     x_ptr,
     w_ptr,
@@ -100,15 +107,25 @@ def _attn_qkv(
     D: tl.constexpr,
     C: tl.constexpr,
     CAPACITY: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    VALUES: tl.constexpr,
+    SCALES: tl.constexpr,
+    ZERO: tl.constexpr,
     BP: tl.constexpr,
+    FEW: tl.constexpr,
     SLOTS: tl.constexpr,
+    SLOT_BC: tl.constexpr,
     COPY: tl.constexpr,
     BN: tl.constexpr,
     BC: tl.constexpr,
-    KC: tl.constexpr,
+    FEW_BC: tl.constexpr,
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     tile = tl.program_id(0)
     item = tl.program_id(1)
     b = tl.arange(0, BP)
@@ -143,24 +160,50 @@ def _attn_qkv(
         group = (item - CAPACITY) // 2
         part = R + (item - CAPACITY) % 2
         active = item >= 0
-    rows = ((group * (2 * R + 2) + part) * D + d).to(tl.int64) * C
+    rows = ((group * (2 * R + 2) + part) * D + d).to(tl.int64) * STRIDE
 
     pending_kv = part >= R if hidden_ptr is not None else part < 0
+    total = 0
+    if hidden_ptr is not None:
+        known = tl.load(kv_len_ptr + b * G + group, mask=b < B, other=0)
+        pending = positions + 1 - known
+        wanted = group_selected(idx_ptr, count_ptr, group, R, CAPACITY) | (pending >= P)
+        n = tl.where((b < B) & wanted & pending_kv, tl.maximum(pending, 0), 0)
+        total = tl.sum(n, axis=0)
+        if B == 1:
+            # The token alone is no different from a query's.
+            active = active & (~pending_kv | (total == 1))
+            pending_kv = pending_kv & (total != 1)
     if active and not pending_kv:
-        acc = project(x_ptr + b * C, b < B, w_ptr, rows, row_mask, C, BP, BN, BC, SPLIT, STAGES)
+        acc = project(x_ptr, w_ptr, rows, row_mask, B, C, BITS, GROUP, VALUES, SCALES, ZERO, BP, BN, BC, SPLIT, STAGES)
         _finish(
             acc, b, positions, b < B, group, part, tile, d, row_mask,
             bias_ptr, cos_sin_ptr, q_ptr, k_ptr, v_ptr, S, G, R, D, BP, BN,
         )  # fmt: skip
-    if hidden_ptr is not None:  # noqa: SIM102 - settled while compiling, as an `and` would not be
+    if hidden_ptr is not None:
         if pending_kv:
-            known = tl.load(kv_len_ptr + b * G + group, mask=b < B, other=0)
-            pending = positions + 1 - known
-            wanted = group_selected(idx_ptr, count_ptr, group, R, CAPACITY) | (pending >= P)
-            n = tl.where((b < B) & wanted, tl.maximum(pending, 0), 0)
             ends = tl.cumsum(n, axis=0)
-            total = tl.sum(n, axis=0)
-            for t in range(0, total, SLOTS):
+            slots_from = 0
+            SLOT_SPLIT: tl.constexpr = 4 if B == 1 else SPLIT
+            if B == 1:  # noqa: SIM102 - settled while compiling, as an `and` would not be
+                if (total > 0) & (total <= FEW):
+                    slots_from = total
+                    start = tl.sum(known, axis=0)
+                    newest = tl.sum(positions, axis=0)
+                    acc = project_few(
+                        _pending(start, newest, x_ptr, hidden_ptr, P, C),
+                        _pending(start + 1, newest, x_ptr, hidden_ptr, P, C),
+                        _pending(start + 2, newest, x_ptr, hidden_ptr, P, C),
+                        _pending(start + 3, newest, x_ptr, hidden_ptr, P, C),
+                        total, w_ptr, rows, row_mask, C,
+                        BITS, GROUP, VALUES, SCALES, ZERO, FEW, BN, FEW_BC, STAGES,
+                    )  # fmt: skip
+                    slot = tl.arange(0, FEW)
+                    _finish(
+                        acc, slot * 0, start + slot, slot < total, group, part, tile, d, row_mask,
+                        bias_ptr, cos_sin_ptr, q_ptr, k_ptr, v_ptr, S, G, R, D, FEW, BN,
+                    )  # fmt: skip
+            for t in range(slots_from, total, SLOTS):
                 slot = t + tl.arange(0, SLOTS)
                 live = slot < total
                 slot_b = tl.sum((slot[:, None] >= ends[None, :]).to(tl.int32), axis=1)
@@ -174,20 +217,23 @@ def _attn_qkv(
                 )
                 if C % 4 == 0:
                     source = tl.multiple_of(source, 16)
-                acc = project(source, live, w_ptr, rows, row_mask, C, SLOTS, BN, KC, SPLIT, STAGES)
+                acc = project_many(
+                    source, live, w_ptr, rows, row_mask, C,
+                    BITS, GROUP, VALUES, SCALES, ZERO, SLOTS, BN, SLOT_BC, SLOT_SPLIT, STAGES,
+                )  # fmt: skip
                 _finish(
                     acc, slot_b, token, live, group, part, tile, d, row_mask,
                     bias_ptr, cos_sin_ptr, q_ptr, k_ptr, v_ptr, S, G, R, D, SLOTS, BN,
                 )  # fmt: skip
-            # All programs of the group must have read kv_len before it changes.
-            if total > 0:  # noqa: SIM102 - an `and` would evaluate both sides
-                if count_in(ticket_ptr + group, 2 * tl.num_programs(0)):
-                    tl.store(kv_len_ptr + b * G + group, positions + 1, mask=n > 0)
+        # All programs of the group must have read kv_len before it changes.
+        if total > 0:  # noqa: SIM102 - an `and` would evaluate both sides
+            if count_in(ticket_ptr + group, 2 * tl.num_programs(0)):
+                tl.store(kv_len_ptr + b * G + group, positions + 1, mask=n > 0)
 
 
 def attn_qkv(
     x: Tensor,
-    blocks: Tensor,
+    blocks: Weight,
     bias: Tensor | None,
     cos_sin: Tensor | None,
     positions: Tensor,
@@ -201,12 +247,13 @@ def attn_qkv(
     """See reference.attn_qkv."""
     (B, C), (G, parts, D, _) = x.shape, blocks.shape
     r = (parts - 2) // 2
-    tiles = tuning.pick("attn_qkv", B)
+    data, form = row_args(blocks)
+    tiles = tuning.pick("attn_qkv", B, form["BITS"])
     idx, count, capacity = selection_args(heads, G * r)
     q = torch.empty(B, G * r, D, dtype=torch.float32, device=x.device)
     _attn_qkv[(triton.cdiv((D + 1) // 2, tiles["BN"] // 2), capacity + 2 * G)](
         x,
-        blocks,
+        data,
         bias,
         cos_sin,
         positions,
@@ -227,8 +274,12 @@ def attn_qkv(
         C=C,
         CAPACITY=capacity,
         BP=padded_batch(B),
+        FEW=_FEW,
         SLOTS=_SLOTS,
+        SLOT_BC=_SLOT_BC,
         COPY=_COPY,
+        **form,
         **tiles,
+        **tuning.overlap(),
     )
     return q

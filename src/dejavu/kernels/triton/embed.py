@@ -7,30 +7,55 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dejavu.kernels.quantized import Weight
+from dejavu.kernels.triton import tuning
+from dejavu.kernels.triton.rows import row_args, values
+from dejavu.kernels.triton.tiles import begin
+
 _BLOCK = 1024
 
 
 @triton.jit
-def _gather(ids_ptr, table_ptr, x_ptr, offset, C: tl.constexpr, ADD: tl.constexpr, BC: tl.constexpr):
+def _gather(
+    ids_ptr,
+    table_ptr,
+    x_ptr,
+    offset,
+    C: tl.constexpr,
+    ADD: tl.constexpr,
+    BC: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    VALUES: tl.constexpr,
+    SCALES: tl.constexpr,
+    ZERO: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    begin(PDL)
     cols = tl.program_id(0) * BC + tl.arange(0, BC)
     b = tl.program_id(1)
     mask = cols < C
-    row = (tl.load(ids_ptr + b) + offset).to(tl.int64)
-    value = tl.load(table_ptr + row * C + cols, mask=mask, other=0.0).to(tl.float32)
+    row = (tl.load(ids_ptr + b) + offset).to(tl.int64) * STRIDE
+    value = values(table_ptr, row, cols, mask, BITS, GROUP, VALUES, SCALES, ZERO)
     if ADD:
         value += tl.load(x_ptr + b * C + cols, mask=mask, other=0.0)
     tl.store(x_ptr + b * C + cols, value, mask=mask)
 
 
-def embed(ids: Tensor, table: Tensor) -> Tensor:
+def _launch(ids: Tensor, table: Weight, x: Tensor, offset: int, add: bool) -> None:
+    (B, C), (data, form) = x.shape, row_args(table)
+    grid = (triton.cdiv(C, _BLOCK), B)
+    _gather[grid](ids, data, x, offset, C=C, ADD=add, BC=_BLOCK, **form, **tuning.overlap())
+
+
+def embed(ids: Tensor, table: Weight) -> Tensor:
     """See reference.embed."""
     x = torch.empty(ids.shape[0], table.shape[1], dtype=torch.float32, device=table.device)
-    _gather[(triton.cdiv(x.shape[1], _BLOCK), x.shape[0])](ids, table, x, 0, C=x.shape[1], ADD=False, BC=_BLOCK)
+    _launch(ids, table, x, 0, add=False)
     return x
 
 
 def add_positions(x: Tensor, positions: Tensor, table: Tensor, offset: int) -> None:
     """See reference.add_positions."""
-    _gather[(triton.cdiv(x.shape[1], _BLOCK), x.shape[0])](
-        positions, table, x, offset, C=x.shape[1], ADD=True, BC=_BLOCK
-    )
+    _launch(positions, table, x, offset, add=True)

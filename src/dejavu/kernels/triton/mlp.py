@@ -11,10 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dejavu.kernels.quantized import Weight
 from dejavu.kernels.reference import Selection
 from dejavu.kernels.triton import tuning
+from dejavu.kernels.triton.rows import project, row_args
 from dejavu.kernels.triton.sum_rows import sum_rows
-from dejavu.kernels.triton.tiles import padded_batch, project, selection_args
+from dejavu.kernels.triton.tiles import begin, padded_batch, selection_args
 
 
 @triton.jit
@@ -51,12 +53,20 @@ def _mlp_in(
     THRESHOLD: tl.constexpr,
     ACTIVATE_UP: tl.constexpr,
     EXACT: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    VALUES: tl.constexpr,
+    SCALES: tl.constexpr,
+    ZERO: tl.constexpr,
     BP: tl.constexpr,
     BN: tl.constexpr,
     BC: tl.constexpr,
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     b = tl.arange(0, BP)
     total = tl.minimum(CAPACITY, CAPACITY if count_ptr is None else tl.load(count_ptr))
     up_rows = tl.zeros((), tl.int64)
@@ -64,8 +74,8 @@ def _mlp_in(
         slot = tile * BN + tl.arange(0, BN)
         live = slot < total
         neuron = slot if idx_ptr is None else tl.load(idx_ptr + slot, mask=live, other=0)
-        rows = neuron.to(tl.int64) * (PARTS * C)
-        h = project(x_ptr + b * C, b < B, w_ptr, rows, live, C, BP, BN, BC, SPLIT, STAGES)
+        rows = neuron.to(tl.int64) * (PARTS * STRIDE)
+        h = project(x_ptr, w_ptr, rows, live, B, C, BITS, GROUP, VALUES, SCALES, ZERO, BP, BN, BC, SPLIT, STAGES)
         if bias_ptr is not None:
             h += tl.load(bias_ptr + neuron * (PARTS - 1), mask=live, other=0.0)[None, :]
         mask = (b < B)[:, None] & live[None, :]
@@ -76,7 +86,10 @@ def _mlp_in(
             opened = tl.sum(live.to(tl.int64), axis=0)
             up_rows += opened
             if opened > 0:
-                up = project(x_ptr + b * C, b < B, w_ptr, rows + C, live, C, BP, BN, BC, SPLIT, STAGES)
+                up = project(
+                    x_ptr, w_ptr, rows + STRIDE, live, B, C,
+                    BITS, GROUP, VALUES, SCALES, ZERO, BP, BN, BC, SPLIT, STAGES,
+                )  # fmt: skip
                 if bias_ptr is not None:
                     up += tl.load(bias_ptr + neuron * 2 + 1, mask=live, other=0.0)[None, :]
                 if ACTIVATE_UP:
@@ -92,7 +105,7 @@ def _mlp_in(
 
 def mlp(
     x: Tensor,
-    rows: Tensor,
+    rows: Weight,
     bias: Tensor | None,
     neurons: Selection = None,
     *,
@@ -104,12 +117,13 @@ def mlp(
 ) -> Tensor:
     """See reference.mlp."""
     (B, C), (N, parts, _) = x.shape, rows.shape
-    tiles = tuning.pick("mlp_in", B)
+    data, form = row_args(rows)
+    tiles = tuning.pick("mlp_in", B, form["BITS"])
     idx, count, capacity = selection_args(neurons, N)
     h = torch.empty(B, N, dtype=torch.float32, device=x.device)
     _mlp_in[(max(1, min(triton.cdiv(capacity, tiles["BN"]), tuning.PROGRAMS)),)](
         x,
-        rows,
+        data,
         bias,
         idx,
         count,
@@ -125,7 +139,9 @@ def mlp(
         ACTIVATE_UP=activate_up,
         EXACT=exact,
         BP=padded_batch(B),
+        **form,
         **tiles,
+        **tuning.overlap(),
     )
     return sum_rows(
         "mlp_out",

@@ -14,10 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dejavu.kernels.triton.tiles import count_in, tickets
+from dejavu.kernels.triton import tuning
+from dejavu.kernels.triton.tiles import begin, count_in, tickets
 
 # Units that one program counts and writes; scores that the search for a cut holds in registers.
-_BLOCK, _HELD = 1024, 16384
+_BLOCK, _HELD = 1024, 32768
 
 
 @triton.jit
@@ -86,8 +87,10 @@ def _rank(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     HELD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Keys, cut and counts of one row of choices, which stands for the maximum over JOINED rows of scores."""
+    begin(PDL)
     block = tl.program_id(0)
     row = tl.program_id(1)
     scores_ptr += row * N
@@ -110,25 +113,32 @@ def _rank(
         cut = floor - 1
         ties = 0
         if total > most:
-            # The `most`-th largest key, from the highest bit down: the largest that so many keys reach.
+            # The `most`-th largest key: the largest that so many keys reach, bit by bit from the highest down, as far
+            # as it takes to divide the keys.
             held = tl.arange(0, HELD)
             keys = tl.load(keys_ptr + held, mask=held < N, other=-(2**31))
             cut = tl.full((), -(2**31), tl.int32)
-            for bit in range(32):
-                trial = cut + (tl.full((), 1, tl.int32) << (31 - bit))
-                reach = (keys >= trial).to(tl.int32)
+            reached = N + 0
+            shift = 31
+            while (shift >= 0) & (reached != most):
+                trial = cut + (tl.full((), 1, tl.int32) << shift)
+                reach = tl.sum((keys >= trial).to(tl.int32), axis=0)
                 for more in range(HELD, N, HELD):
                     rest = tl.load(keys_ptr + more + held, mask=more + held < N, other=-(2**31))
-                    reach += (rest >= trial).to(tl.int32)
-                cut = tl.where(tl.sum(reach, axis=0) >= most, trial, cut)
+                    reach += tl.sum((rest >= trial).to(tl.int32), axis=0)
+                if reach >= most:
+                    cut = trial
+                    reached = reach
+                shift -= 1
             ties = most
-            for other in range(BLOCKS):
-                at = other * BLOCK + tl.arange(0, BLOCK)
-                other_key = tl.load(keys_ptr + at, mask=at < N, other=-(2**31))
-                above = tl.sum((other_key > cut).to(tl.int32), axis=0)
-                ties -= above
-                tl.store(above_ptr + other, above)
-                tl.store(ties_ptr + other, tl.sum(((other_key == cut) & (at < N)).to(tl.int32), axis=0))
+            for more in range(0, N, HELD):
+                of = more // BLOCK + tl.arange(0, HELD // BLOCK)
+                at = of[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+                every = tl.load(keys_ptr + at, mask=at < N, other=-(2**31))
+                above = tl.sum((every > cut).to(tl.int32), axis=1)
+                ties -= tl.sum(above, axis=0)
+                tl.store(above_ptr + of, above, mask=of < BLOCKS)
+                tl.store(ties_ptr + of, tl.sum(((every == cut) & (at < N)).to(tl.int32), axis=1), mask=of < BLOCKS)
         tl.store(meta_ptr, cut)
         tl.store(meta_ptr + 1, ties)
         if ROWS * BLOCKS == 1:
@@ -148,8 +158,10 @@ def _unite(
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One row of choices out of several: its keys are 1 where any of them chooses, its cut is 0."""
+    begin(PDL)
     block = tl.program_id(0)
     unit = block * BLOCK + tl.arange(0, BLOCK)
     chosen = tl.zeros((BLOCK,), tl.int32)
@@ -174,7 +186,9 @@ def _compact(
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     _write(tl.program_id(0), keys_ptr, meta_ptr, above_ptr, ties_ptr, idx_ptr, count_ptr, N, BLOCK, BLOCKS)
 
 
@@ -182,7 +196,7 @@ def _select(scores: Tensor, rows: int, threshold: float, most: int, capacity: in
     """Select, for each of `rows` rows of choices, the `most` best that reach the threshold; unite the rows."""
     B, N = scores.shape
     blocks = triton.cdiv(N, _BLOCK)
-    sizes = {"N": N, "BLOCK": min(_BLOCK, triton.next_power_of_2(N)), "BLOCKS": blocks}
+    sizes = {"N": N, "BLOCK": min(_BLOCK, triton.next_power_of_2(N)), "BLOCKS": blocks, **tuning.overlap()}
     held = min(_HELD, triton.next_power_of_2(N))
 
     def ints(*shape: int) -> Tensor:
@@ -205,7 +219,7 @@ def _select(scores: Tensor, rows: int, threshold: float, most: int, capacity: in
         ROWS=rows,
         HELD=held,
         **sizes,
-        num_warps=16 if held > 4096 else 4,
+        num_warps=8 if held > 4096 else 4,
     )
     if rows > 1:
         united = ints(N), ints(2), ints(blocks)

@@ -1,7 +1,8 @@
 """Weighted sums of weight rows as partial sums: the output projection of attention and the last rows of an MLP.
 
 A program owns a block of columns and one of S equal slices of the rows, so that few rows still keep many programs
-busy. With `exact` it first lists the rows of its slice whose coefficients are not all zero, in order, and reads those.
+busy. With `exact` it reads only the rows whose coefficients are not all zero: out of everything it first lists those of
+its slice, in order; in a selection most rows are needed, and those that are not are skipped where they stand.
 """
 
 from __future__ import annotations
@@ -11,9 +12,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dejavu.kernels.quantized import Weight
 from dejavu.kernels.reference import Selection
 from dejavu.kernels.triton import tuning
-from dejavu.kernels.triton.tiles import load_rows, matmul, padded_batch, selection_args
+from dejavu.kernels.triton.rows import (
+    group_scales,
+    int8_values,
+    load_lines,
+    load_once,
+    matmul,
+    row_args,
+    row_scales,
+    values,
+)
+from dejavu.kernels.triton.tiles import begin, padded_batch, selection_args
 
 # Coefficients looked at together while listing.
 _LISTED = 256
@@ -71,14 +83,23 @@ def _sum_rows(
     C: tl.constexpr,
     UNIT: tl.constexpr,
     R: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
     FIRST: tl.constexpr,
+    EXACT: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    VALUES: tl.constexpr,
+    SCALES: tl.constexpr,
+    ZERO: tl.constexpr,
     BP: tl.constexpr,
     LISTED: tl.constexpr,
     BN: tl.constexpr,
     BC: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     block = tl.program_id(0)
     cols = block * BC + tl.arange(0, BC)
     total = tl.minimum(CAPACITY, CAPACITY if count_ptr is None else tl.load(count_ptr) * UNIT)
@@ -89,11 +110,17 @@ def _sum_rows(
     if list_ptr is not None:
         list_ptr += block * CAPACITY + first
         n = _list_rows(coef_ptr, idx_ptr, list_ptr, first, end, N, B, BP, UNIT, LISTED)
-    if rows_read_ptr is not None:  # noqa: SIM102 - settled while compiling, as an `and` would not be
-        if block == 0:
-            tl.atomic_add(rows_read_ptr, n.to(tl.int64), sem="relaxed")
 
     b = tl.arange(0, BP)
+    rows_read = tl.zeros((), tl.int64)
+    LINES: tl.constexpr = (BC + 63) // 64
+    if BITS == 4 and BP == 1:
+        line = block * LINES + tl.arange(0, LINES)
+        line_mask = line < (C + 63) // 64
+        low_sum = tl.zeros((BN, LINES, 32), tl.float32)
+        high_sum = low_sum
+        low_offsets = tl.zeros((BN, LINES), tl.float32)
+        high_offsets = low_offsets
     acc = tl.zeros((BN if BP == 1 else BP, BC), tl.float32)
     for t in tl.range(0, n, BN, num_stages=STAGES):
         at = t + tl.arange(0, BN)
@@ -102,25 +129,67 @@ def _sum_rows(
             ids = _row_ids(idx_ptr, first + at, live, UNIT)
         else:
             ids = tl.load(list_ptr + at, mask=live, other=0)
+        coef = tl.load(coef_ptr + b[:, None] * N + ids[None, :], mask=(b < B)[:, None] & live[None, :], other=0.0)
+        if EXACT and list_ptr is None:
+            live = live & (tl.max((coef != 0).to(tl.int32), axis=0) > 0)
+        if rows_read_ptr is not None:
+            rows_read += tl.sum(live.to(tl.int64), axis=0)
         unit = ids // UNIT
-        rows = (unit // R * GROUP + (FIRST + unit % R) * UNIT + ids % UNIT).to(tl.int64) * C
-        w = load_rows(w_ptr + rows[:, None] + cols[None, :], live[:, None] & (cols < C)[None, :])
-        if BP == 1:
-            coef = tl.load(coef_ptr + ids, mask=live, other=0.0)
-            acc = tl.fma(coef[:, None], w.to(tl.float32), acc)
+        rows = (unit // R * GROUP_ROWS + (FIRST + unit % R) * UNIT + ids % UNIT).to(tl.int64) * STRIDE
+        mask = live[:, None] & (cols < C)[None, :]
+        if BP > 1:
+            if BITS == 0:
+                acc = matmul(coef, load_once(w_ptr + rows[:, None] + cols[None, :], mask), acc)
+            elif BITS == 8:
+                w = int8_values(load_once(w_ptr + rows[:, None] + cols[None, :], mask)).to(tl.bfloat16)
+                acc = matmul(coef * row_scales(w_ptr, rows, live, VALUES)[None, :], w, acc)
+            else:
+                w = values(w_ptr, rows[:, None], cols[None, :], mask, BITS, GROUP, VALUES, SCALES, ZERO)
+                acc = matmul(coef, w, acc)
+        elif BITS == 4:
+            one = tl.sum(coef, axis=0)[:, None]
+            inside = live[:, None] & line_mask[None, :]
+            low, high = load_lines(
+                w_ptr, rows[:, None, None], line[None, :, None], live[:, None, None] & line_mask[None, :, None], ZERO
+            )
+            scale, offset = group_scales(
+                w_ptr, rows[:, None], line[None, :] * 64 // GROUP, inside, VALUES, SCALES, ZERO
+            )
+            low_sum += low * (one * scale)[:, :, None]
+            low_offsets += one * offset
+            if GROUP < 64:
+                scale, offset = group_scales(
+                    w_ptr, rows[:, None], (line[None, :] * 64 + 32) // GROUP, inside, VALUES, SCALES, ZERO
+                )
+            high_sum += high * (one * scale)[:, :, None]
+            high_offsets += one * offset
         else:
-            mask = (b < B)[:, None] & live[None, :]
-            acc = matmul(tl.load(coef_ptr + b[:, None] * N + ids[None, :], mask=mask, other=0.0), w, acc)
-    if BP == 1:
-        acc = tl.sum(acc, axis=0)[None, :]
-    out = (tl.program_id(1) * B + b)[:, None] * C + cols[None, :]
-    tl.store(out_ptr + out, acc, mask=(b < B)[:, None] & (cols < C)[None, :])
+            tile = load_once(w_ptr + rows[:, None] + cols[None, :], mask)
+            one = tl.sum(coef, axis=0)
+            if BITS == 8:
+                acc = tl.fma((one * row_scales(w_ptr, rows, live, VALUES))[:, None], int8_values(tile), acc)
+            else:
+                acc = tl.fma(one[:, None], tile.to(tl.float32), acc)
+    if rows_read_ptr is not None:  # noqa: SIM102 - settled while compiling, as an `and` would not be
+        if block == 0:
+            tl.atomic_add(rows_read_ptr, rows_read, sem="relaxed")
+    out_ptr += tl.program_id(1) * B * C
+    if BITS == 4 and BP == 1:
+        out_cols = line[:, None] * 64 + tl.arange(0, 32)[None, :]
+        low_out = tl.sum(low_sum, axis=0) + tl.sum(low_offsets, axis=0)[:, None]
+        high_out = tl.sum(high_sum, axis=0) + tl.sum(high_offsets, axis=0)[:, None]
+        tl.store(out_ptr + out_cols, low_out, mask=out_cols < C)
+        tl.store(out_ptr + out_cols + 32, high_out, mask=out_cols + 32 < C)
+    else:
+        if BP == 1:
+            acc = tl.sum(acc, axis=0)[None, :]
+        tl.store(out_ptr + b[:, None] * C + cols[None, :], acc, mask=(b < B)[:, None] & (cols < C)[None, :])
 
 
 def sum_rows(
     op: str,
     coef: Tensor,
-    weights: Tensor,
+    weights: Weight,
     selection: Selection,
     *,
     unit: int = 1,
@@ -145,17 +214,18 @@ def sum_rows(
     Returns: partials (S, B, C) float32.
     """
     (B, N), C = coef.shape, weights.shape[-1]
-    tiles = tuning.pick(op, B)
+    data, form = row_args(weights)
+    tiles = tuning.pick(op, B, form["BITS"])
     blocks = triton.cdiv(C, tiles["BC"])
     slices = max(1, tiles.pop("SPLITS") // blocks)
     idx, count, capacity = selection_args(selection, N // unit)
     out = coef.new_empty(slices, B, C)
     _sum_rows[(blocks, slices)](
         coef,
-        weights,
+        data,
         idx,
         count,
-        torch.empty(blocks, capacity * unit, dtype=torch.int32, device=coef.device) if exact else None,
+        torch.empty(blocks, capacity * unit, dtype=torch.int32, device=coef.device) if exact and idx is None else None,
         rows_read,
         out,
         N,
@@ -164,16 +234,19 @@ def sum_rows(
         C=C,
         UNIT=unit,
         R=units_per_group,
-        GROUP=group_rows,
+        GROUP_ROWS=group_rows,
         FIRST=first,
+        EXACT=exact,
         BP=padded_batch(B),
         LISTED=_LISTED,
+        **form,
         **tiles,
+        **tuning.overlap(),
     )
     return out
 
 
-def attn_out(o: Tensor, blocks: Tensor, heads: Selection = None) -> Tensor:
+def attn_out(o: Tensor, blocks: Weight, heads: Selection = None) -> Tensor:
     """See reference.attn_out."""
     _, parts, D, _ = blocks.shape
     r = (parts - 2) // 2

@@ -1,9 +1,4 @@
-"""Device code that the kernels share: reading weight rows, products of tiles, counting in.
-
-Activations are float32 and stay so. A batch of one multiplies and adds in float32; a larger batch goes to the
-tensor cores, where each activation is split into two numbers of the weights' type whose sum holds it (16 bits of
-mantissa for bfloat16), so that a result is rounded by its accumulation and not by its inputs.
-"""
+"""Device code that the kernels share: how they follow one another, whom they select, how they count in."""
 
 from __future__ import annotations
 
@@ -39,60 +34,14 @@ def tickets(op: str, n: int, device: torch.device) -> Tensor:
 
 
 @triton.jit
-def load_rows(pointers, mask):
-    """A tile of weights: each is read once, so it is the first to leave the cache."""
-    return tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first")
+def begin(PDL: tl.constexpr):
+    """Wait for the kernels before this one; every program calls it before it reads what another has written.
 
-
-@triton.jit
-def matmul(a, w, acc):
-    """acc + a @ w on the tensor cores. a: (.., M, K) float32; w: (.., K, N) weights; acc: (.., M, N) float32."""
-    if w.dtype == tl.float32:
-        return tl.dot(a, w, acc, input_precision="ieee")
-    else:
-        if w.dtype == tl.bfloat16:
-            # Cutting off is an integer operation; rounding here would take a slow conversion for every element.
-            high = (a.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-        else:
-            high = a.to(w.dtype).to(tl.float32)
-        return tl.dot(high.to(w.dtype), w, tl.dot((a - high).to(w.dtype), w, acc))
-
-
-@triton.jit
-def project(
-    x_rows,
-    live,
-    w_ptr,
-    rows,
-    row_mask,
-    C: tl.constexpr,
-    M: tl.constexpr,
-    BN: tl.constexpr,
-    BC: tl.constexpr,
-    SPLIT: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Products of M rows of activations with BN rows of weights, both C long: (M, BN) float32.
-
-    x_rows: (M,) pointers to float32 rows, of which `live` ones are read; rows: (BN,) element offsets. More than one row
-    is multiplied in SPLIT parts of the columns, one a warp, so that no warp splits activations that another has split.
+    With programmatic dependent launch a kernel is made ready while the one before it ends. None lets the next one come
+    before its own end: programs that only wait take the place of others (docs/log.md, 2026-11-24).
     """
-    if M == 1:
-        acc = tl.zeros((BN, BC), tl.float32)
-        for c in tl.range(0, C, BC, num_stages=STAGES):
-            cols = c + tl.arange(0, BC)
-            w = load_rows(w_ptr + rows[:, None] + cols[None, :], row_mask[:, None] & (cols < C)[None, :])
-            x = tl.load(x_rows[:, None] + cols[None, :], mask=live[:, None] & (cols < C)[None, :], other=0.0)
-            acc = tl.fma(w.to(tl.float32), x, acc)
-        return tl.sum(acc, axis=1)[None, :]
-    else:
-        acc = tl.zeros((SPLIT, M, BN), tl.float32)
-        for c in tl.range(0, C, SPLIT * BC, num_stages=STAGES):
-            cols = c + tl.arange(0, SPLIT)[:, None, None] * BC + tl.arange(0, BC)[None, None, :]
-            w = load_rows(w_ptr + rows[None, :, None] + cols, row_mask[None, :, None] & (cols < C))
-            x = tl.load(x_rows[None, :, None] + cols, mask=live[None, :, None] & (cols < C), other=0.0)
-            acc = matmul(x, tl.permute(w, (0, 2, 1)), acc)
-        return tl.sum(acc, axis=0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
