@@ -64,9 +64,7 @@ class Subject:
         settings = shapes.shape(shape)
         self.config = c = shapes.parse(settings | {"num_hidden_layers": layers or settings["num_hidden_layers"]})
         quantization = Quantization(self.quantized) if self.quantized else None
-        weights = shapes.random_weights(
-            c, DTYPE, self.ops, args.seed, args.mlp_density, self.quantized and Quantization(self.quantized)
-        )
+        weights = shapes.random_weights(c, DTYPE, self.ops, args.seed, args.mlp_density, quantization)
         self.decoder = Decoder(c, weights, self.ops)
         self.selection = SelectionConfig("static", args.mlp_density, args.attn_density, kv="lazy")
         # About 6 % of what a sparse step reads.

@@ -179,7 +179,7 @@ def fixed_sets(config: ModelConfig, ops: ModuleType, selection: SelectionConfig,
                 mask[torch.randperm(mask.numel(), generator=generator)[:k]] = 1
         importance.append(tuple(chosen))
         cuts.append(tuple(None if mask.all() else Cut(int(mask.sum())) for mask in chosen))
-    return StaticSelector(cuts, ops, importance)
+    return StaticSelector(cuts, ops, importance, torch.device("cpu"))
 
 
 def grid(
