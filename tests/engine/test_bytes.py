@@ -55,5 +55,5 @@ def test_a_batch_shares_the_weights_but_not_the_cache():
     weights, _ = weights_of(config)
     one, four = (step_bytes(config, weights, attended=7, batch=b) for b in (1, 4))
     assert {k: four[k] / one[k] for k in PARTS} == {
-        "embedding": 4, "attention": 1, "mlp_in": 1, "mlp_out": 1, "lm_head": 1, "kv": 4
+        "embedding": 4, "attention": 1, "mlp_in": 1, "mlp_out": 1, "predictor": 1, "lm_head": 1, "kv": 4
     }  # fmt: skip

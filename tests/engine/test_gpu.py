@@ -46,7 +46,7 @@ def test_sparse_text_is_the_reference_backends(tiny_checkpoint, policy, kv):
 def test_sparse_graph_equals_eager_bit_for_bit_with_lookahead_beside(tiny_checkpoint):
     """The step is replayed while a second stream scores what comes next; in line the logits are the same."""
     engine = dejavu.load(tiny_checkpoint(), backend="triton")
-    d = engine._decoder
+    d = engine.decoder
     torch.manual_seed(0)
     L, C, H, inter = (
         getattr(d.config, n) for n in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")

@@ -36,7 +36,7 @@ def test_decode_equals_teacher_forcing(tiny_checkpoint, backend, model_type, set
 
 @pytest.mark.parametrize("mode", ["dense", "exact"])
 def test_the_graph_equals_plain_calls_bit_for_bit(tiny_checkpoint, mode):
-    decoder = dejavu.load(tiny_checkpoint("llama"), backend="cpu")._decoder
+    decoder = dejavu.load(tiny_checkpoint("llama"), backend="cpu").decoder
     graph, plain = (DecodeStep(decoder, 1, len(IDS), mode) for _ in range(2))
     plain._graph = None
     assert graph._graph is not None
@@ -45,7 +45,7 @@ def test_the_graph_equals_plain_calls_bit_for_bit(tiny_checkpoint, mode):
 
 
 def test_a_row_that_is_not_fed_stays_as_it_is(tiny_checkpoint, backend):
-    decoder = dejavu.load(tiny_checkpoint(), backend=backend)._decoder
+    decoder = dejavu.load(tiny_checkpoint(), backend=backend).decoder
     step = DecodeStep(decoder, 2, len(IDS), "dense")
     step.prefill(0, IDS[:5])
     step.prefill(1, IDS)  # full: its position must never move on

@@ -73,6 +73,7 @@ class Dejavu:
             rows_read=self._step.rows_read / self._steps,
             heads_read=self._step.heads_read / self._steps,
             lazy=self._lazy,
+            predictor_bytes=self._step.predictor_bytes,
         )
 
     def mlp_density(self) -> float:

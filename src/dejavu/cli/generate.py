@@ -20,12 +20,15 @@ from dejavu.cli.options import (
     Kv,
     MlpDensity,
     Mode,
+    Pack,
     Policy,
+    Quality,
     QuantizeEmbeddings,
     Revision,
     Threads,
     WeightsFormat,
     load_engine,
+    share,
     stats_table,
 )
 from dejavu.config import SamplingParams, SelectionConfig
@@ -55,6 +58,8 @@ def generate(
         int | None, typer.Option(help="With --json: log-probabilities, and this many alternatives a token.")
     ] = DEFAULT.logprobs,
     mode: Mode = "auto",
+    pack: Pack = None,
+    quality: Quality = None,
     policy: Policy = None,
     mlp_density: MlpDensity = SELECT_ALL.mlp_density,
     attn_density: AttnDensity = SELECT_ALL.attn_density,
@@ -72,6 +77,8 @@ def generate(
     """Continue a prompt; the text comes on stdout as it is made.
 
     Example: dejavu generate "The old house on the hill" -n 50 --stats
+
+    Example: dejavu generate opt-mini "The old house" --pack opt-mini --stats
 
     Example: dejavu generate "The old house" --policy oracle --mlp-density 0.1 --stats
 
@@ -105,6 +112,8 @@ def generate(
             model or BUNDLED,
             mode=mode,
             selection=selection,
+            pack=pack,
+            quality=share(quality),
             calibration=None if calibration is None else _read_file(calibration),
             dtype=dtype,
             weights=weights,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from math import prod
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -23,7 +24,9 @@ SIZES = (
 
 
 def info(
-    model: Annotated[str | None, typer.Argument(help="A folder or hub id. [default: the bundled model]")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="A model's or a sparsity pack's folder or hub id. [default: the bundled model]")
+    ] = None,
     dtype: Dtype = "auto",
     weights: WeightsFormat = None,
     quantize_embeddings: QuantizeEmbeddings = False,
@@ -42,6 +45,12 @@ def info(
     from dejavu.model import family
     from dejavu.model.load import plan_weights
 
+    if model is not None and (Path(model) / "pack.json").exists():
+        from dejavu.cli.fit import show
+        from dejavu.selection.pack import load_pack
+
+        show(load_pack(model), model, as_json)
+        return
     checkpoint = open_checkpoint(model or BUNDLED, revision=revision)
     config, plan, _ = plan_weights(
         checkpoint, dtype=dtype, quantization=parse_quantization(weights, quantize_embeddings)

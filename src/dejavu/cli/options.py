@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 
 from dejavu import config
+from dejavu.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,6 +26,10 @@ Mode = Annotated[
     ),
 ]
 Policy = Annotated[str | None, typer.Option(help=f"Who selects in mode sparse: {', '.join(get_args(config.Policy))}.")]
+Pack = Annotated[str | None, typer.Option(help="A sparsity pack: a folder, a hub id, or opt-mini, the bundled one.")]
+Quality = Annotated[
+    str | None, typer.Option(help="With --pack: its cheapest setting within this rise of perplexity, 1% or 0.01.")
+]
 MlpDensity = Annotated[float, typer.Option(help="With --policy: the fraction of the neurons to read.")]
 AttnDensity = Annotated[float, typer.Option(help="With --policy: the fraction of the query heads to read.")]
 Kv = Annotated[str, typer.Option(help="With --policy: full keys and values, or lazy: when a head is next selected.")]
@@ -56,6 +61,16 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def share(text: str | None) -> float | None:
+    """A share written as 1% or 0.01. Raises: ConfigError."""
+    if text is None:
+        return None
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError as error:
+        raise ConfigError(f"expected a share like 1% or 0.01, found {text!r}") from error
 
 
 def load_engine(model: str, **settings) -> Engine:

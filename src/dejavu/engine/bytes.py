@@ -8,7 +8,7 @@ from dejavu.checkpoint.layout import Norm, Weights
 from dejavu.config import ModelConfig
 from dejavu.kernels.quantized import Weight
 
-PARTS = ("embedding", "attention", "mlp_in", "mlp_out", "lm_head", "kv")
+PARTS = ("embedding", "attention", "mlp_in", "mlp_out", "predictor", "lm_head", "kv")
 
 
 def step_bytes(
@@ -20,6 +20,7 @@ def step_bytes(
     rows_read: Tensor | None = None,
     heads_read: Tensor | None = None,
     lazy: bool = False,
+    predictor_bytes: int = 0,
 ) -> dict[str, float]:
     """Bytes read by one step of one token for every row of a batch.
 
@@ -30,6 +31,7 @@ def step_bytes(
         heads_read: (L,) query heads that were read (mean over steps); None: all of them.
         lazy: keys and values of a head are projected only when it is selected (tokens that a full ring flushes are
             not counted). Without it every group's are.
+        predictor_bytes: what a selector reads to choose.
     Returns: bytes by part, in the order of PARTS. "mlp_in" is fc1 (the gate), "mlp_out" fc2 (up and down);
         norms and biases count with the block that they belong to, keys and values as "kv".
     """
@@ -51,6 +53,7 @@ def step_bytes(
         kv += heads
         parts["mlp_in"] += read[0] * row_bytes + _size(layer.mlp.in_bias, layer.mlp_norm)
         parts["mlp_out"] += sum(read[1:]) * row_bytes + _size(layer.mlp.out_bias)
+    parts["predictor"] = float(predictor_bytes)
     parts["lm_head"] = float(_size(weights.head, weights.project_out, weights.final_norm))
     parts["kv"] = batch * attended * 2 * kv * config.num_key_value_heads * config.head_dim * weights.dtype.itemsize
     return parts

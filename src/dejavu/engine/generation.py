@@ -145,6 +145,7 @@ class Batch:
                 rows_read=read,
                 heads_read=heads,
                 lazy=self._step.cache.hidden is not None,
+                predictor_bytes=self._step.predictor_bytes,
             ),
             mlp_density=tuple((read[:, -1] / config.intermediate_size).tolist()),
             attn_density=tuple((heads / config.num_attention_heads).tolist()),

@@ -72,6 +72,11 @@ class DecodeStep:
             return torch.full((config.num_hidden_layers,), every)
         return self._selector.heads_read(every)
 
+    @property
+    def predictor_bytes(self) -> int:
+        """What the selector reads in a step to choose, where it says so."""
+        return 0 if self._selector is None else self._selector.nbytes
+
     def reset_counts(self) -> None:
         self._steps = 0
         self.rows_read.zero_()
@@ -126,6 +131,7 @@ class _Watched:
         self._selector, self.capturable = selector, selector.capturable
         self.on_gpu = device.type == "cuda"
         self.advance, self.begin, self.neurons = selector.advance, selector.begin, selector.neurons
+        self.nbytes = getattr(selector, "nbytes", 0)
         # By layer that selects; captured counts are buffers that every replay renews.
         self._counts: dict[int, Tensor | np.ndarray] = {}
         self._totals = torch.zeros(layers, dtype=torch.int64, device=device)

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dejavu.artifacts import read_json, write_json
+from dejavu.checkpoint.source import BUNDLED
 from dejavu.config import ModelConfig
 from dejavu.errors import ConfigError, PackError
 from dejavu.selection.predictor import HEADS, Lookahead, Predictor, PredictorSelector
@@ -120,7 +121,7 @@ class Pack:
 
 
 def load_pack(source: str | os.PathLike, *, revision: str | None = None, device: str | torch.device = "cpu") -> Pack:
-    """Read a pack from a folder, or from the Hugging Face Hub by its id.
+    """Read a pack from a folder, from the Hugging Face Hub by its id, or the bundled one, "opt-mini".
 
     Raises: PackError for a pack that is missing, damaged or of another schema.
     """
@@ -169,6 +170,8 @@ def check_pack(pack: Pack, source: str | os.PathLike, config: ModelConfig, check
 
 
 def _find(source: str | os.PathLike, revision: str | None) -> Path:
+    if str(source) == BUNDLED:
+        return Path(__file__).parents[1] / "assets" / f"{BUNDLED}-pack"
     folder = Path(source)
     if folder.is_dir():
         return folder

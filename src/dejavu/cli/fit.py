@@ -1,0 +1,156 @@
+"""`dejavu fit` and `dejavu tune`: make a sparsity pack for a model, and move along its frontier."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dejavu.cli.options import Dtype, Json, Revision, Threads, load_engine, share
+from dejavu.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dejavu.selection.pack import Pack
+
+STAGES = ("collect", "train", "calibrate")
+
+
+def fit(
+    model: Annotated[str, typer.Argument(help="A folder, hub id, or opt-mini.")],
+    text: Annotated[list[str], typer.Option(help="A file, folder, - or hf:ID; may be given several times.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The pack's folder; must not exist.")],
+    tokens: Annotated[int | None, typer.Option(help="To learn from.")] = None,
+    calibration_tokens: Annotated[int | None, typer.Option(help="To search on, and as many to judge on.")] = None,
+    max_ppl_increase: Annotated[str | None, typer.Option(help="Bound: 1% or 0.01. [default: 1%]")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Bound instead: nats per token from the dense model.")] = None,
+    target_density: Annotated[float | None, typer.Option(help="Bound instead: the mean MLP density.")] = None,
+    rank: Annotated[str, typer.Option(help="Of the neurons' predictors, or auto: by bytes, layer by layer.")] = "auto",
+    heads_ahead: Annotated[
+        int | None, typer.Option(help="Blocks before its own that a heads' predictor reads.")
+    ] = None,
+    neurons_ahead: Annotated[int | None, typer.Option(help="The same for neurons.")] = None,
+    no_train: Annotated[bool, typer.Option("--no-train", help="Keep the best linear maps; no gradient.")] = False,
+    label_error: Annotated[float | None, typer.Option(help="For activations that are never zero, say 0.1.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Of training.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of training.")] = None,
+    stage: Annotated[str | None, typer.Option(help=f"End after this stage: {', '.join(STAGES)}.")] = None,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Make a sparsity pack: collect what the model does on text, train predictors, find cuts within a bound on quality.
+
+    The work so far lies in OUT.work: the same command goes on where it was stopped. A pack that misses the bound is not
+    written.
+
+    Example: dejavu fit facebook/opt-1.3b --text corpus.txt -o opt-1.3b-pack
+    """
+    from rich.console import Console
+    from rich.filesize import decimal
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from dejavu.predictor.fit import fit as run
+    from dejavu.predictor.fit import needs
+    from dejavu.predictor.settings import FitConfig
+    from dejavu.text import documents
+
+    if stage not in (None, *STAGES):
+        raise ConfigError(f"stage {stage!r} does not exist; choose one of: {', '.join(STAGES)}")
+    bounds = {"ppl_increase": share(max_ppl_increase), "kl": max_kl, "mlp_density": target_density}
+    given = {name: limit for name, limit in bounds.items() if limit is not None}
+    if len(given) > 1:
+        raise ConfigError("give one bound: --max-ppl-increase, --max-kl or --target-density")
+    asked = {
+        "tokens": tokens,
+        "calibration_tokens": calibration_tokens,
+        "rank": _rank(rank),
+        "heads_ahead": heads_ahead,
+        "neurons_ahead": neurons_ahead,
+        "label_error": label_error,
+        "epochs": epochs,
+        "seed": seed,
+        "train": not no_train,
+    }
+    for name, limit in given.items():
+        asked |= {"bound": name, "limit": limit}
+    config = FitConfig(**{name: value for name, value in asked.items() if value is not None})
+    engine = load_engine(model, mode="dense", dtype=dtype, threads=threads, revision=revision, backend="cpu")
+    err = Console(stderr=True, highlight=False)
+    need = needs(engine, config)
+    err.print(
+        f"fit needs up to {decimal(need['disk'])} of disk and {decimal(need['memory'])} of memory beside the model"
+    )
+    columns = TextColumn("{task.description:10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=err, disable=not err.is_terminal) as bar:
+        tasks: dict[str, int] = {}
+
+        def progress(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(name, total=total)
+            bar.update(tasks[name], completed=done)
+
+        pack = run(engine, documents(text), out, config, stage=stage, progress=progress)
+    if pack is not None:
+        show(pack, str(out), as_json)
+
+
+def tune(
+    pack: Annotated[str, typer.Argument(help="A pack's folder or hub id.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The new pack's folder; must not exist.")],
+    max_ppl_increase: Annotated[str, typer.Option(help="Take the cheapest point within this: 1% or 0.01.")],
+    as_json: Json = False,
+) -> None:
+    """Move a pack along its stored frontier; nothing is trained.
+
+    Example: dejavu tune opt-1.3b-pack --max-ppl-increase 3% -o opt-1.3b-pack-fast
+    """
+    from dejavu.predictor.fit import tune as run
+
+    show(run(pack, out, share(max_ppl_increase)), str(out), as_json)
+
+
+def show(pack: Pack, name: str, as_json: bool) -> None:
+    """Print what a pack holds: its frontier, with the default marked."""
+    facts = {
+        "pack": name,
+        "base": dict(pack.base),
+        "lookahead": {"heads": pack.lookahead.heads, "neurons": pack.lookahead.neurons},
+        "predictor_bytes": sum(p.nbytes for p in pack.predictors.values()),
+        "default": pack.default,
+        "points": [dict(point.measured) for point in pack.points],
+        "made": dict(pack.made),
+    }
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return
+    from rich.console import Console
+    from rich.filesize import decimal
+    from rich.table import Table
+
+    table = Table(title=f"{name}: for {pack.base['name']}, predictors {decimal(facts['predictor_bytes'])}")
+    for column in ("", "perplexity", "KL", "MLP density", "recall", "precision", "attention density", "bytes"):
+        table.add_column(column, justify="right")
+    for number, point in enumerate(pack.points):
+        m = point.measured
+        table.add_row(
+            "default" if number == pack.default else "",
+            f"{m['ppl_increase']:+.2%}",
+            f"{m['kl']:.4f}",
+            *(f"{m[key]:.1%}" for key in ("mlp_density", "mlp_recall", "mlp_precision", "attn_density")),
+            decimal(round(m["bytes"])),
+        )
+    Console(width=110).print(table)
+    checked = pack.made.get("checked")
+    if checked:
+        typer.echo(f"default, on text that it was not chosen by: perplexity {checked['ppl_increase']:+.2%}")
+
+
+def _rank(text: str) -> int:
+    if text == "auto":
+        return 0
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"rank must be auto or a positive integer, found {text!r}")
+    return int(text)
