@@ -1,0 +1,286 @@
+"""From a model and text to a pack: what is collected, what a pack does in the step, and that nothing is lost."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dejavu
+from dejavu.config import SelectionConfig
+from dejavu.engine.step import DecodeStep
+from dejavu.errors import ConfigError, PackError
+from dejavu.kernels import reference
+from dejavu.model.hooks import TokenMasks
+from dejavu.predictor.collect import Collected, collect, most_of_the_norm
+from dejavu.predictor.fit import fit, needs, tune
+from dejavu.predictor.settings import FitConfig
+from dejavu.selection.oracle import OutputNorms
+from dejavu.selection.pack import load_pack
+from dejavu.selection.predictor import Lookahead, Predictor, PredictorSelector
+from dejavu.selection.selector import Cut
+
+SMALL = FitConfig(tokens=512, window=64, calibration_tokens=256, rank=16, epochs=1, limit=0.2)
+# Public-domain sentences of our own making would all look alike; numbers make every window differ.
+TEXT = [
+    " ".join(
+        f"In the year {1000 + 7 * i * j} the river rose by {i + j} feet and the mill stood still." for j in range(9)
+    )
+    for i in range(60)
+]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return dejavu.load("opt-mini", mode="dense")
+
+
+@pytest.fixture(scope="module")
+def pack_folder(engine, tmp_path_factory):
+    out = tmp_path_factory.mktemp("fit") / "pack"
+    fit(engine, TEXT, out, SMALL)
+    return out
+
+
+def test_what_is_collected_is_what_the_model_does(engine, tmp_path):
+    decoder, c = engine.decoder, engine.config
+    windows = [engine.tokenizer.encode(text)[:64] for text in TEXT[:3]]
+    collect(decoder, iter(windows), 3, tmp_path)
+    got = Collected(tmp_path, c.hidden_size, c.num_attention_heads, c.intermediate_size)
+    assert got.tokens == 3 * 64
+    y = got.inputs(7, slice(64, 128))  # the MLP of layer 3
+    norms = OutputNorms(decoder.weights.layers[3], c).neurons_of_input(y)
+    stored = got.neurons(3)(slice(64, 128))
+    # Inputs are stored in bf16 and norms in fp16.
+    torch.testing.assert_close(stored, norms, rtol=0.02, atol=0.02 * norms.max().item())
+    assert (got.heads(0, slice(0, 10)) > 0).all()
+
+
+def test_collecting_goes_on_where_it_was_stopped(engine, tmp_path):
+    windows = [engine.tokenizer.encode(text)[:32] for text in TEXT[:4]]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    collect(engine.decoder, iter(windows), 4, whole)
+    collect(engine.decoder, iter(windows), 2, parts)
+    with open(parts / "norms0.f16", "ab") as file:
+        file.write(b"torn")  # a window that was being written when the process died
+    collect(engine.decoder, iter(windows), 4, parts)
+    for path in whole.iterdir():
+        assert path.read_bytes() == (parts / path.name).read_bytes(), path.name
+
+
+def test_the_fewest_units_that_hold_the_norm():
+    norms = torch.tensor([[3.0, 4.0, 0.0, 0.1], [1.0, 1.0, 1.0, 1.0]])
+    keep = most_of_the_norm(norms, 0.1)
+    assert keep.tolist()[0] == [True, True, False, False]
+    assert keep[1].all()  # leaving one out would lose half of the norm
+    assert most_of_the_norm(norms, 0.6)[1].sum() == 3
+
+
+def test_cuts_agree_with_the_selecting_ops():
+    scores = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)).round(decimals=1)  # with ties
+    for cut in (Cut(7), Cut(50), Cut(7, 0.3), Cut(3, -5.0), Cut(50, 9.0)):
+        mask = cut.mask(scores)
+        for row in range(6):
+            idx, count = cut.select(reference, scores[row : row + 1])
+            assert mask[row].nonzero().flatten().tolist() == idx[: int(count)].tolist()
+
+
+@pytest.mark.parametrize("ahead", [(0, 0), (1, 1), (3, 2)])
+def test_predictors_read_the_block_that_lookahead_names(ahead):
+    look = Lookahead(*ahead)
+    assert [look.source(b) for b in range(4)] == [max(0, b - ahead[b % 2]) for b in range(4)]
+    seen = []
+
+    class Spy(Predictor):
+        def scores(self, ops, y):
+            seen.append(int(y[0, 0]))
+            return torch.zeros(1, 4)
+
+    config = type("C", (), {"num_hidden_layers": 2})
+    spies = {b: Spy(None, torch.zeros(4, 1), torch.zeros(4)) for b in range(4)}
+    selector = PredictorSelector(spies, look, [(Cut(2), Cut(2))] * 2, config, reference)
+    for block in range(4):
+        y = torch.full((1, 1), float(block))
+        select = selector.neurons(block // 2, y) if block % 2 else selector.heads(block // 2, y, None)
+        assert int(select[1]) == 2
+    assert sorted(seen) == sorted(look.source(b) for b in range(4))
+
+
+def test_a_pack_in_the_step_equals_its_masks(engine, pack_folder):
+    """Calibration judges masks; generation runs steps. They must be the same thing."""
+    pack, decoder = load_pack(pack_folder), engine.decoder
+    ids = engine.tokenizer.encode(TEXT[7])[:48]
+    quality = sorted(p.measured["ppl_increase"] for p in pack.points)[len(pack.points) // 2]
+    for pending in (None, 4):
+        step = DecodeStep(decoder, 1, 64, "sparse", pack.selector(engine.config, decoder.ops, quality), pending)
+        step.prefill(0, ids[:8])
+        out = []
+        for token in ids[8:]:
+            step.feed(0, token)
+            out.append(step.run()[0].clone())
+        masks = TokenMasks(pack.selector(engine.config, decoder.ops, quality), dense_prefix=8)
+        together = decoder.prefill(torch.tensor(ids), decoder.new_cache(1, 64), all_logits=True, hooks=masks)[8:]
+        # Attention over a bf16 cache is not computed alike, so scores near a threshold may fall on either side.
+        assert (torch.stack(out).argmax(1) == together.argmax(1)).float().mean() > 0.9
+        read, kept = step.rows_read[:, 0].float(), masks.kept[:, 1].float()
+        assert ((read - kept).abs() <= 0.02 * kept + 20).all()
+        assert (step.rows_read[:, 0] < 2048 * len(out)).any()
+        assert step.predictor_bytes > 0
+
+
+def test_a_batch_reads_at_least_what_each_row_would(engine, pack_folder):
+    sparse = engine.with_mode("sparse", SelectionConfig("predictor", pack=str(pack_folder), kv="lazy"))
+    alone = sparse.generate(TEXT[0][:60], max_new_tokens=12)
+    both = sparse.generate([TEXT[0][:60], TEXT[9][:70]], max_new_tokens=12)
+    assert len(both[0].token_ids) == 12
+    assert both[0].stats.step_bytes["mlp_in"] >= 0.9 * alone.stats.step_bytes["mlp_in"]
+    assert alone.stats.step_bytes["predictor"] > 0
+
+
+def test_the_same_settings_make_the_same_pack(engine, pack_folder, tmp_path):
+    for stage in ("collect", "train", None):
+        fit(engine, TEXT, tmp_path / "pack", SMALL, stage=stage)
+    assert same_pack(pack_folder, tmp_path / "pack")
+    assert not (tmp_path / "pack.work").exists()
+
+
+def same_pack(a: Path, b: Path) -> bool:
+    return all((a / name).read_bytes() == (b / name).read_bytes() for name in ("pack.json", "predictors.safetensors"))
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_points_it_ends_with_the_same_pack(pack_folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n<|endoftext|>\n".join(TEXT))
+    out = tmp_path / "pack"
+    code = (
+        "import sys, dejavu; from pathlib import Path; from dejavu.predictor.fit import fit\n"
+        "from dejavu.predictor.settings import FitConfig; from dejavu.text import documents\n"
+        "config = FitConfig(tokens=512, window=64, calibration_tokens=256, rank=16, epochs=1, limit=0.2)\n"
+        "engine = dejavu.load('opt-mini', mode='dense'); print('go', flush=True)\n"
+        f"fit(engine, documents([{str(text)!r}]), {str(out)!r}, config)\n"
+    )
+    random = np.random.default_rng(0)
+    for wait in [*random.uniform(0.2, 6.0, 10), None]:
+        if out.exists():
+            break
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        if wait is None:
+            assert process.wait(300) == 0
+        else:
+            time.sleep(wait)  # the random point itself, not a way to wait for something
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        process.stdout.close()
+    assert same_pack(pack_folder, out)
+
+
+def test_packs_are_checked(engine, pack_folder, tmp_path, make_checkpoint):
+    def broken(change):
+        folder = tmp_path / f"broken{len(os.listdir(tmp_path))}"
+        shutil.copytree(pack_folder, folder)
+        change(folder)
+        return str(folder)
+
+    def edit(**fields):
+        def change(folder):
+            data = json.loads((folder / "pack.json").read_text())
+            (folder / "pack.json").write_text(json.dumps(data | fields))
+
+        return change
+
+    cut = (pack_folder / "predictors.safetensors").read_bytes()[:5000]
+    for change, message in [
+        (edit(schema=9), "expected schema 1, found 9"),
+        (edit(points=[{}]), "is damaged"),
+        (edit(default=99), "is damaged"),
+        (edit(base={"name": "other", "hash": "0" * 64}), "was made for other with hash 000000000000"),
+        (lambda f: (f / "predictors.safetensors").unlink(), "missing or damaged"),
+        (lambda f: (f / "predictors.safetensors").write_bytes(cut), "missing or damaged"),
+        (lambda f: (f / "pack.json").unlink(), "pack.json: cannot be read"),
+    ]:
+        with pytest.raises(PackError, match=message):
+            dejavu.load("opt-mini", pack=broken(change))
+    with pytest.raises(PackError, match="no such folder"):
+        dejavu.load("opt-mini", pack="./nowhere")
+    with pytest.raises(ConfigError, match="no point of this pack keeps perplexity within"):
+        load_pack(pack_folder).point(-1.0)
+    with pytest.raises(ConfigError, match="name a pack"):
+        dejavu.load("opt-mini", quality=0.01)
+    with pytest.raises(ConfigError, match="policy predictor needs a pack"):
+        SelectionConfig("predictor")
+
+
+def test_tune_moves_the_default(pack_folder, tmp_path):
+    pack = load_pack(pack_folder)
+    wide = max(p.measured["ppl_increase"] for p in pack.points)
+    tuned = tune(pack_folder, tmp_path / "fast", wide)
+    again = load_pack(tmp_path / "fast")
+    assert again.default == tuned.default
+    assert again.point().measured["bytes"] == min(p.measured["bytes"] for p in pack.points)
+    with pytest.raises(ConfigError, match="is there already"):
+        tune(pack_folder, tmp_path / "fast", wide)
+
+
+def test_a_bound_that_cannot_be_kept_writes_nothing(engine, tmp_path):
+    config = FitConfig(
+        tokens=512, window=64, calibration_tokens=256, rank=16, epochs=1, bound="mlp_density", limit=1e-9
+    )
+    with pytest.raises(PackError, match="no setting keeps mlp_density within 1e-09: the best reaches"):
+        fit(engine, TEXT, tmp_path / "pack", config)
+    assert not (tmp_path / "pack").exists()
+    with pytest.raises(ConfigError, match="holds the work of a fit with other settings"):
+        fit(engine, TEXT, tmp_path / "pack", SMALL)
+
+
+def test_bad_settings_and_text_are_named(engine, tmp_path):
+    for settings, message in [
+        ({"tokens": 10}, "tokens must be at least four windows"),
+        ({"rank": -1}, "rank must be an integer of at least 0"),
+        ({"bound": "bleu"}, "bound must be ppl_increase, kl or mlp_density"),
+        ({"limit": 0.0}, "limit must be a number above 0"),
+        ({"label_error": 1.0}, r"label_error must be in \[0, 1\)"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            FitConfig(**settings)
+    with pytest.raises(ConfigError, match="the text is too short"):
+        fit(engine, TEXT[:2], tmp_path / "pack", SMALL)
+    assert not (tmp_path / "pack.work").exists()
+    assert needs(engine, SMALL)["disk"] > 0
+
+
+def test_the_bundled_pack_reads_less_and_says_how_good_it_is(engine):
+    sparse = engine.with_mode("sparse", SelectionConfig("predictor", pack="opt-mini", kv="lazy"))
+    dense = engine.generate(TEXT[3][:80], max_new_tokens=16).stats
+    stats = sparse.generate(TEXT[3][:80], max_new_tokens=16).stats
+    assert sum(stats.step_bytes.values()) < 0.7 * sum(dense.step_bytes.values())
+    pack = load_pack("opt-mini")
+    assert pack.made["checked"]["ppl_increase"] <= 0.01
+
+
+def test_an_untrained_pack_of_a_gated_model(make_checkpoint, tmp_path):
+    """Grouped heads, a gated MLP, an activation that is never zero, predictors in closed form."""
+    folder = make_checkpoint(
+        "llama", hidden_act="silu", hidden_size=48, intermediate_size=64, max_position_embeddings=64
+    )
+    shutil.copy(Path(dejavu.__file__).parent / "assets/opt-mini/tokenizer.json", folder)
+    engine = dejavu.load(folder, mode="dense")
+    config = FitConfig(tokens=256, window=32, calibration_tokens=128, train=False, rank=16, label_error=0.2, limit=5.0)
+    ids = np.random.default_rng(0).integers(0, 101, (64, 32)).tolist()
+
+    class Tokens:
+        def encode(self, text):
+            return ids[int(text)]
+
+    engine.tokenizer = Tokens()
+    pack = fit(engine, map(str, range(64)), tmp_path / "pack", config)
+    assert pack.points[pack.default].measured["ppl_increase"] <= 5.0
+    assert load_pack(tmp_path / "pack").made["settings"]["train"] is False
