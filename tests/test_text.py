@@ -19,6 +19,19 @@ def test_files_folders_and_separators(tmp_path):
     assert list(documents([str(tmp_path), str(tmp_path / "b.txt")])) == ["zéro", "one\nmore", "two", "one\nmore", "two"]
 
 
+def test_long_documents_come_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr("dejavu.text.PIECE_CHARS", 20)
+    lines = ["a" * 12, "b" * 12, "c", "<|endoftext|>", "d" * 45]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    assert list(documents([str(tmp_path / "a.txt")])) == [
+        "a" * 12 + "\n" + "b" * 12,
+        "c",
+        "d" * 20,
+        "d" * 20,
+        "d" * 5,
+    ]
+
+
 def test_stdin(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("text"))
     assert list(documents(["-"])) == ["text"]

@@ -14,10 +14,12 @@ from dejavu.errors import ConfigError
 # A line that holds just this ends a document; a file without one is a single document.
 SEPARATOR = "<|endoftext|>"
 SUFFIXES = (".txt", ".txt.gz", ".md")
+# A document longer than this comes in pieces of about this size, so that memory does not grow with the text.
+PIECE_CHARS = 1 << 20
 
 
 def documents(sources: Sequence[str]) -> Iterator[str]:
-    """The documents of all sources, in order, one at a time; empty ones are left out.
+    """The documents of all sources, in order, one at a time, very long ones in pieces; empty ones are left out.
 
     Args:
         sources: each a file (UTF-8, maybe .gz), a folder (its .txt, .txt.gz and .md files by name), "-" for standard
@@ -63,14 +65,17 @@ def _open(path: Path) -> Iterator[IO[str]]:
 
 def _split(lines: IO[str], name: str) -> Iterator[str]:
     document: list[str] = []
+    size = 0
     try:
-        for line in lines:
-            if line.strip() == SEPARATOR:
+        while line := lines.readline(PIECE_CHARS):
+            ends = line.strip() == SEPARATOR
+            if not ends:
+                document.append(line)
+                size += len(line)
+            if ends or size >= PIECE_CHARS:
                 if text := "".join(document).strip():
                     yield text
-                document = []
-            else:
-                document.append(line)
+                document, size = [], 0
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name}: expected UTF-8 text, found byte 0x{error.object[error.start]:02x}") from error
     if text := "".join(document).strip():

@@ -15,6 +15,7 @@ from dejavu.cli.demo import demo
 from dejavu.cli.fit import fit, tune
 from dejavu.cli.generate import generate
 from dejavu.cli.info import info
+from dejavu.cli.profile import profile
 from dejavu.cli.quantize import quantize
 from dejavu.errors import DejavuError
 
@@ -36,7 +37,7 @@ class _Group(TyperGroup):
 
 
 app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for _verb in (generate, fit, tune, info, quantize, demo, bench):
+for _verb in (generate, profile, fit, tune, info, quantize, demo, bench):
     app.command()(_verb)
 
 

@@ -1,0 +1,129 @@
+"""`dejavu profile`: see how sparse a model is on text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dejavu.cli.options import Dtype, Json, Revision, Threads, load_engine
+from dejavu.profile.settings import ProfileConfig
+
+DEFAULT = ProfileConfig()
+
+
+def _list(values: tuple[float, ...]) -> str:
+    return " ".join(f"{value:g}" for value in values)
+
+
+def profile(
+    model: Annotated[str | None, typer.Argument(help="A folder or hub id. [default: the bundled model]")] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="A file, a folder, - for stdin, or hf:ID, a data set; may be given several times."),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")] = Path("profile"),
+    tokens: Annotated[int, typer.Option(help="Watch so many tokens at most.")] = DEFAULT.tokens,
+    window: Annotated[int, typer.Option(help="Tokens of one forward pass.")] = DEFAULT.window,
+    error: Annotated[
+        list[float] | None,
+        typer.Option(help=f"Relative output error; several may be given. [default: {_list(DEFAULT.errors)}]"),
+    ] = None,
+    quality_tokens: Annotated[
+        int, typer.Option(help="Tokens for perplexity over density; 0: leave it out.")
+    ] = DEFAULT.quality_tokens,
+    density: Annotated[
+        list[float] | None,
+        typer.Option(help=f"For perplexity; several may be given. [default: {_list(DEFAULT.densities)}]"),
+    ] = None,
+    sentence: Annotated[str, typer.Option(help="Whose attention is drawn.")] = DEFAULT.sentence,
+    seed: Annotated[int, typer.Option(help="Of all that is drawn at random.")] = DEFAULT.seed,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew in a folder that holds files.")] = False,
+    dtype: Dtype = "fp32",
+    threads: Threads = None,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model's contextual sparsity on text: profile.json, figures and a page, in one folder.
+
+    A run that was stopped goes on when the same command is given again.
+
+    Example: dejavu profile --text book.txt -o opt-mini-profile
+
+    Example: dejavu profile facebook/opt-1.3b --text corpus/ --tokens 65536 --quality-tokens 0
+    """
+    if not text:
+        raise typer.BadParameter("give --text: a file, a folder, - for stdin, or hf:ID")
+    # Imported here, because PyTorch takes seconds to import.
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from dejavu.checkpoint.source import BUNDLED, open_checkpoint
+    from dejavu.profile.run import profile as run
+
+    given = {"errors": error and tuple(error), "densities": density and tuple(density)}
+    settings = ProfileConfig(
+        tokens=tokens,
+        window=window,
+        quality_tokens=quality_tokens,
+        sentence=sentence,
+        seed=seed,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    name = model or BUNDLED
+    engine = load_engine(name, mode="dense", dtype=dtype, threads=threads, backend="cpu", revision=revision)
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    try:
+        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+            tasks = {}
+
+            def show(stage: str, done: int, total: int) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bar.add_task(stage)
+                bar.update(tasks[stage], completed=done, total=total)
+
+            result = run(
+                engine,
+                text,
+                output,
+                settings,
+                name=name,
+                checkpoint_hash=open_checkpoint(name, revision=revision).hash,
+                overwrite=overwrite,
+                progress=show,
+            )
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; the same command goes on from what {output} holds", err=True)
+        raise typer.Exit(130) from None
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    Console().print(_table(result))
+    typer.echo(f"{output}/profile.html shows the figures")
+
+
+def _table(r: dict):
+    from rich.table import Table
+
+    error, firing = r["errors"][0], r["firing"]
+    columns = {
+        "layer": [str(layer) for layer in range(r["layers"])],
+        "MLP: not zero": ["-"] * r["layers"] if firing is None else _percent(firing["density"]),
+        f"MLP: oracle, error {error:g}": _percent(r["oracle"]["mlp"][0]),
+        f"heads: oracle, error {error:g}": _percent(r["oracle"]["heads"][0]),
+        "MLP: shared with last token": _percent((firing or r["mlp_sets"])["overlap"]),
+        "MLP: never active": _percent((firing or r["mlp_sets"])["never"]),
+    }
+    table = Table(title=f"Densities of {r['model']}")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
+    return table
+
+
+def _percent(values: list[float]) -> list[str]:
+    return [f"{value:.1%}" for value in values]
