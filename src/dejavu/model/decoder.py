@@ -6,6 +6,8 @@ what order, follows from ModelConfig alone; a family adds no code here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 
@@ -27,6 +29,16 @@ PREFILL_CHUNK = 1024
 
 # Weights that prefill converts to float32 at a time on a CPU: 64 MB.
 _CONVERT_ELEMENTS = 16 << 20
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Tokens `begin` to `end` of a pass: they stand at positions `start` and on of a row of the cache."""
+
+    row: int
+    start: int
+    begin: int
+    end: int
 
 
 class Decoder:
@@ -146,8 +158,8 @@ class Decoder:
         """
         outputs, hooks = [], hooks or Hooks()
         for start in range(0, ids.numel(), PREFILL_CHUNK):
-            chunk = ids[start : start + PREFILL_CHUNK].to(self.device).long()
-            hidden = self._forward(chunk, cache, row, start, hooks)
+            chunk = ids[start : start + PREFILL_CHUNK]
+            hidden = self._forward(chunk, cache, [_Span(row, start, 0, chunk.numel())], hooks)
             last = start + chunk.numel() == ids.numel()
             if all_logits:
                 outputs.append(self._head(hidden))
@@ -155,19 +167,40 @@ class Decoder:
                 outputs.append(self._head(hidden[-1:]))
         return torch.cat(outputs) if all_logits else outputs[0][0]
 
-    def _forward(self, ids: Tensor, cache: KVCache, row: int, start: int, hooks: Hooks) -> Tensor:
-        """Hidden states (T, C) of tokens at positions start .. start+T, before the final norm."""
+    @torch.inference_mode()
+    def forward(
+        self, sequences: Sequence[Tensor], cache: KVCache, wanted: Tensor | None = None, *, hooks: Hooks | None = None
+    ) -> Tensor:
+        """Read whole sequences in one pass, sequence i into row i of the cache: many short ones cost what one long costs.
+
+        Args:
+            sequences: of (T_i,) integers each, 1 <= T_i <= the cache's capacity. All of them pass at once: memory
+                grows with their tokens.
+            wanted: (W,) int64, of which tokens of the sequences put one after another the logits are; None: of all.
+            hooks: as in `prefill`.
+        Returns: logits (W, V) float32.
+        """
+        spans, total = [], 0
+        for row, ids in enumerate(sequences):
+            spans.append(_Span(row, 0, total, total + ids.numel()))
+            total += ids.numel()
+        hidden = self._forward(torch.cat(list(sequences)), cache, spans, hooks or Hooks())
+        return self._head(hidden if wanted is None else hidden[wanted.to(self.device)])
+
+    def _forward(self, ids: Tensor, cache: KVCache, spans: Sequence[_Span], hooks: Hooks) -> Tensor:
+        """Hidden states (T, C) of the spans' tokens ids (T,), before the final norm."""
         c, w = self.config, self.weights
+        ids = ids.to(self.device).long()
+        positions = torch.cat([torch.arange(s.start, s.start + s.end - s.begin) for s in spans]).to(self.device)
         x = dense(w.embed[ids])
         if w.project_in is not None:
             x = _matmul(x, _plain(w.project_in, w.dtype).T)
         if w.position_table is not None:
-            first = start + c.position_offset
-            x = x + w.position_table[first : first + ids.numel()].float()
-        hooks.begin(x)
+            x = x + w.position_table[positions + c.position_offset].float()
+        hooks.begin(x, positions)
         for i, layer in enumerate(w.layers):
             y = self._plain_norm(x, layer.attn_norm) if c.norm_before else x
-            f = self._attention(y, layer, cache, i, row, start, hooks)
+            f = self._attention(y, layer, cache, i, positions, spans, hooks)
             hooks.block(i, "attention", x, f)
             x = x + f
             x = x if c.norm_before else self._plain_norm(x, layer.attn_norm)
@@ -178,20 +211,38 @@ class Decoder:
             x = x if c.norm_before else self._plain_norm(x, layer.mlp_norm)
         return x
 
-    def _attention(self, y: Tensor, layer: Layer, cache: KVCache, i: int, row: int, start: int, hooks: Hooks) -> Tensor:
+    def _attention(
+        self, y: Tensor, layer: Layer, cache: KVCache, i: int, positions: Tensor, spans: Sequence[_Span], hooks: Hooks
+    ) -> Tensor:
         # Quantised weights are unpacked for the GEMMs one block of a layer at a time.
         blocks = _plain(layer.attn.blocks, self.weights.dtype)
         G, _, D, C = blocks.shape
         r, T = layer.attn.heads_per_group, y.shape[0]
-        end = start + T
         # One batched GEMM over the groups reads q, k and v in place: (G, T, (r+2) D).
         qkv = _matmul(y, blocks[:, : r + 2].view(G, (r + 2) * D, C).transpose(1, 2)).view(G, T, r + 2, D)
         if layer.attn.qkv_bias is not None:
             qkv = qkv + layer.attn.qkv_bias[:, None]
         q, k, v = qkv[:, :, :r], qkv[:, :, r], qkv[:, :, r + 1]
         if cache.cos_sin is not None:
-            angles = cache.cos_sin[start:end]
+            angles = cache.cos_sin[positions]
             q, k = rotate(q, angles[:, None]), rotate(k, angles)
+        q = q.permute(0, 2, 1, 3).reshape(G * r, T, D)
+        o = torch.cat(
+            [
+                self._attend_span(q[:, s.begin : s.end], k[:, s.begin : s.end], v[:, s.begin : s.end], cache, i, s)
+                for s in spans
+            ],
+            1,
+        )
+        o = hooks.heads(i, y, o.transpose(0, 1).float()).transpose(0, 1)
+        out = torch.zeros(T, C, device=y.device)
+        for h in range(G * r):
+            out += _matmul(o[h], blocks[h // r, r + 2 + h % r])
+        return out if layer.attn.out_bias is None else out + layer.attn.out_bias
+
+    def _attend_span(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, i: int, span: _Span) -> Tensor:
+        """Put a span's keys and values (G, T, D) into the cache; outputs (H, T, D) of queries (H, T, D) over its row."""
+        row, start, end = span.row, span.start, span.start + k.shape[1]
         cache.k[i][row, :, start:end] = k.to(cache.k.dtype)
         cache.v[i][row, :, start:end] = v.to(cache.v.dtype)
         if cache.kv_len is not None:
@@ -199,21 +250,17 @@ class Decoder:
         keys, values = cache.k[i][row, :, :end], cache.v[i][row, :, :end]
         mask = None
         if start > 0 or self.config.sliding_window is not None:
-            at = torch.arange(start, end, device=y.device)[:, None] - torch.arange(end, device=y.device)
+            at = torch.arange(start, end, device=q.device)[:, None] - torch.arange(end, device=q.device)
             mask = (at >= 0) if self.config.sliding_window is None else (at >= 0) & (at < self.config.sliding_window)
-        o = F.scaled_dot_product_attention(
-            q.permute(0, 2, 1, 3).reshape(1, G * r, T, D).to(keys.dtype),
+        r = self.config.heads_per_group
+        return F.scaled_dot_product_attention(
+            q[None].to(keys.dtype),
             keys.repeat_interleave(r, 0)[None],
             values.repeat_interleave(r, 0)[None],
             attn_mask=mask,
             is_causal=mask is None,
             scale=self.scale,
         )[0]
-        o = hooks.heads(i, y, o.transpose(0, 1).float()).transpose(0, 1)
-        out = torch.zeros(T, C, device=y.device)
-        for h in range(G * r):
-            out += _matmul(o[h], blocks[h // r, r + 2 + h % r])
-        return out if layer.attn.out_bias is None else out + layer.attn.out_bias
 
     def _mlp(self, y: Tensor, layer: Layer, i: int, hooks: Hooks) -> Tensor:
         c, rows = self.config, _plain(layer.mlp.rows, self.weights.dtype)

@@ -18,8 +18,8 @@ class Hooks:
     `heads` and `neurons` may return something else than they are given, which then takes its place.
     """
 
-    def begin(self, x: Tensor) -> None:
-        """A chunk starts. x: (T, C) float32, the token embeddings, with learned positions added."""
+    def begin(self, x: Tensor, positions: Tensor) -> None:
+        """A chunk starts. x: (T, C) float32, the token embeddings, with learned positions added; positions: (T,)."""
 
     def heads(self, layer: int, y: Tensor, o: Tensor) -> Tensor:
         """Before the output projection. y: (T, C) float32, the normalised input; o: (T, H, D) float32."""
@@ -44,20 +44,20 @@ class TokenMasks(Hooks):
 
     Args:
         selector: its own for this pass.
-        dense_prefix: this many tokens from position 0 on read everything, as a prompt does before decoding.
+        dense_prefix: tokens at positions below it read everything, as a prompt does before decoding.
     """
 
     def __init__(self, selector: ScoreSelector, dense_prefix: int = 0):
         self._selector, self._dense = selector, dense_prefix
-        self._skip = 0  # tokens at the start of this chunk that read everything
+        self._all: Tensor | None = None  # (T,) bool: tokens of this chunk that read everything; None: no token does
         self.tokens = 0
         self.kept = torch.zeros(len(selector.cuts), 2, dtype=torch.int64)
 
-    def begin(self, x: Tensor) -> None:
+    def begin(self, x: Tensor, positions: Tensor) -> None:
         self._selector.begin(x)
-        self._skip = min(self._dense, len(x))
-        self._dense -= self._skip
-        self.tokens += len(x) - self._skip
+        prefix = positions < self._dense
+        self._all = prefix if prefix.any() else None
+        self.tokens += len(x) - int(prefix.sum())
 
     def heads(self, layer: int, y: Tensor, o: Tensor) -> Tensor:
         return self._keep(layer, 0, self._selector.head_scores(layer, y, lambda: o), o)
@@ -67,10 +67,12 @@ class TokenMasks(Hooks):
 
     def _keep(self, layer: int, part: Literal[0, 1], scores: Tensor | None, values: Tensor) -> Tensor:
         """Zero the values (T, N, ...) of units that the scores (T, N) cut; None: all are kept."""
+        whole = 0 if self._all is None else int(self._all.sum())
         if scores is None:
-            self.kept[layer, part] += (len(values) - self._skip) * values.shape[1]
+            self.kept[layer, part] += (len(values) - whole) * values.shape[1]
             return values
         mask = self._selector.cuts[layer][part].mask(scores)
-        self.kept[layer, part] += int(mask[self._skip :].sum())
-        mask[: self._skip] = True
+        if self._all is not None:
+            mask |= self._all[:, None]
+        self.kept[layer, part] += int(mask.sum()) - whole * values.shape[1]
         return torch.where(mask.view(*mask.shape, *(1,) * (values.dim() - 2)), values, 0.0)
