@@ -18,26 +18,27 @@ SUFFIXES = (".txt", ".txt.gz", ".md")
 PIECE_CHARS = 1 << 20
 
 
-def documents(sources: Sequence[str]) -> Iterator[str]:
+def documents(sources: Sequence[str], *, whole: bool = False) -> Iterator[str]:
     """The documents of all sources, in order, one at a time, very long ones in pieces; empty ones are left out.
 
     Args:
         sources: each a file (UTF-8, maybe .gz), a folder (its .txt, .txt.gz and .md files by name), "-" for standard
             input, or `hf:ID[:CONFIG][:SPLIT]`, a data set of the hub with a column "text", which needs `datasets`.
+        whole: long documents stay in one piece.
     Raises: ConfigError naming a source that is missing, not text or empty; where it is read, not before.
     """
     for source in sources:
         count = 0
-        for document in _one(source):
+        for document in _one(source, None if whole else PIECE_CHARS):
             count += 1
             yield document
         if count == 0:
             raise ConfigError(f"{source}: holds no text")
 
 
-def _one(source: str) -> Iterator[str]:
+def _one(source: str, piece: int | None) -> Iterator[str]:
     if source == "-":
-        yield from _split(sys.stdin, "stdin")
+        yield from _split(sys.stdin, "stdin", piece)
     elif source.startswith("hf:"):
         yield from _hub(source)
     elif (path := Path(source)).is_dir():
@@ -46,10 +47,10 @@ def _one(source: str) -> Iterator[str]:
             raise ConfigError(f"{source}: no {', '.join(SUFFIXES)} file in this folder")
         for file in files:
             with _open(file) as lines:
-                yield from _split(lines, str(file))
+                yield from _split(lines, str(file), piece)
     else:
         with _open(path) as lines:
-            yield from _split(lines, source)
+            yield from _split(lines, source, piece)
 
 
 @contextmanager
@@ -63,16 +64,16 @@ def _open(path: Path) -> Iterator[IO[str]]:
         raise ConfigError(f"{path}: the compressed file is cut short") from error
 
 
-def _split(lines: IO[str], name: str) -> Iterator[str]:
+def _split(lines: IO[str], name: str, piece: int | None) -> Iterator[str]:
     document: list[str] = []
     size = 0
     try:
-        while line := lines.readline(PIECE_CHARS):
+        while line := lines.readline(piece or -1):
             ends = line.strip() == SEPARATOR
             if not ends:
                 document.append(line)
                 size += len(line)
-            if ends or size >= PIECE_CHARS:
+            if ends or (piece is not None and size >= piece):
                 if text := "".join(document).strip():
                     yield text
                 document, size = [], 0

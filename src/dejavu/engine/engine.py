@@ -126,6 +126,11 @@ class Engine:
         return self.decoder.config
 
     @property
+    def selector(self) -> Selector | None:
+        """Who chooses in mode sparse."""
+        return self._selector
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the weights as loaded; where they are quantised, of the cache."""
         return self.decoder.weights.dtype
@@ -179,6 +184,11 @@ class Engine:
         cache = self.decoder.new_cache(1, len(ids))
         return self.decoder.prefill(torch.tensor(ids), cache, all_logits=True, hooks=hooks).cpu()
 
+    def new_step(self, batch: int, capacity: int) -> DecodeStep:
+        """The engine's decode step over a cache of its own, of `batch` rows of `capacity` tokens."""
+        pending = self.selection.pending if self.selection and self.selection.kv == "lazy" else None
+        return DecodeStep(self.decoder, batch, capacity, self.mode, self._selector, pending)
+
     def _run(self, prompts: list[list[int]], params: SamplingParams, started: float) -> Iterator[Chunk]:
         context = self._context
         need = min(context, max(map(len, prompts)) + params.max_new_tokens - 1)
@@ -186,8 +196,7 @@ class Engine:
         step = self._idle.pop() if self._idle else None
         # The rotary table of some models depends on the capacity, so a larger cache would not do.
         if step is None or (step.cache.batch, step.cache.capacity) != (len(prompts), capacity):
-            pending = self.selection.pending if self.selection and self.selection.kv == "lazy" else None
-            step = DecodeStep(self.decoder, len(prompts), capacity, self.mode, self._selector, pending)
+            step = self.new_step(len(prompts), capacity)
         try:
             yield from Batch(self.decoder, self.tokenizer, step, prompts, params, started).chunks()
         finally:

@@ -53,9 +53,25 @@ class Tokenizer:
         ids = self._hf(text, verbose=False)["input_ids"]
         return ids if self.bos_id is None or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens left out, spaces as they are."""
-        return self._hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    @property
+    def prefix_id(self) -> int:
+        """What a text begins after: the token that begins a document, or for want of one the token that ends it.
+
+        Raises: CheckpointError where there is neither.
+        """
+        if self.bos_id is not None:
+            return self.bos_id
+        if not self.eos_ids:
+            raise CheckpointError("the tokenizer has no token that begins or ends a document")
+        return min(self.eos_ids)
+
+    def encode_plain(self, text: str, *, special: bool) -> list[int]:
+        """Token ids of a text; with `special`, after the special tokens that the tokenizer's own settings put there."""
+        return self._hf(text, add_special_tokens=special, verbose=False)["input_ids"]
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """The text of token ids, spaces as they are, special tokens left out or, with `special`, spelled."""
+        return self._hf.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
 
 
 def _generation_eos(path: Path) -> set[int]:
