@@ -224,3 +224,13 @@ class SelectionConfig:
             return total if layer in self.dense_layers else math.ceil(round(density * total, 6))
 
         return keep("attn_density", config.num_attention_heads), keep("mlp_density", config.intermediate_size)
+
+
+def parse_share(text: str | None) -> float | None:
+    """A share written as 1% or 0.01. Raises: ConfigError."""
+    if text is None:
+        return None
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError as error:
+        raise ConfigError(f"expected a share like 1% or 0.01, found {text!r}") from error

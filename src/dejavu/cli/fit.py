@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dejavu.cli.options import Dtype, Json, Revision, Threads, load_engine, share
+from dejavu.cli.options import Dtype, Json, Revision, Threads, load_engine
+from dejavu.config import parse_share
 from dejavu.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def fit(
 
     if stage not in (None, *STAGES):
         raise ConfigError(f"stage {stage!r} does not exist; choose one of: {', '.join(STAGES)}")
-    bounds = {"ppl_increase": share(max_ppl_increase), "kl": max_kl, "mlp_density": target_density}
+    bounds = {"ppl_increase": parse_share(max_ppl_increase), "kl": max_kl, "mlp_density": target_density}
     given = {name: limit for name, limit in bounds.items() if limit is not None}
     if len(given) > 1:
         raise ConfigError("give one bound: --max-ppl-increase, --max-kl or --target-density")
@@ -109,7 +110,7 @@ def tune(
     """
     from dejavu.predictor.fit import tune as run
 
-    show(run(pack, out, share(max_ppl_increase)), str(out), as_json)
+    show(run(pack, out, parse_share(max_ppl_increase)), str(out), as_json)
 
 
 def show(pack: Pack, name: str, as_json: bool) -> None:

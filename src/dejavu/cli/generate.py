@@ -28,10 +28,9 @@ from dejavu.cli.options import (
     Threads,
     WeightsFormat,
     load_engine,
-    share,
     stats_table,
 )
-from dejavu.config import SamplingParams, SelectionConfig
+from dejavu.config import SamplingParams, SelectionConfig, parse_share
 from dejavu.errors import ConfigError
 
 DEFAULT = SamplingParams()
@@ -113,7 +112,7 @@ def generate(
             mode=mode,
             selection=selection,
             pack=pack,
-            quality=share(quality),
+            quality=parse_share(quality),
             calibration=None if calibration is None else _read_file(calibration),
             dtype=dtype,
             weights=weights,

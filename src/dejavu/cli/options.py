@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 
 from dejavu import config
-from dejavu.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -61,16 +60,6 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def share(text: str | None) -> float | None:
-    """A share written as 1% or 0.01. Raises: ConfigError."""
-    if text is None:
-        return None
-    try:
-        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError as error:
-        raise ConfigError(f"expected a share like 1% or 0.01, found {text!r}") from error
 
 
 def load_engine(model: str, **settings) -> Engine:

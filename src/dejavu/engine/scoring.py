@@ -77,7 +77,10 @@ class Reads:
         """By layer: `heads`, `mlp`, and `mlp_recall`, the share of the non-zero neurons that were read, or None."""
         if self.tokens == 0:
             return {"heads": None, "mlp": None, "mlp_recall": None}
-        heads, mlp = ((x / (self.tokens * n)).tolist() for x, n in zip((self.heads, self.neurons), self._totals))
+        heads, mlp = (
+            (read / (self.tokens * total)).tolist()
+            for read, total in zip((self.heads, self.neurons), self._totals, strict=True)
+        )
         recall = (self.found / self.active.clamp(min=1)).tolist() if self.active.any() else None
         return {"heads": heads, "mlp": mlp, "mlp_recall": recall}
 

@@ -84,7 +84,7 @@ class HarnessModel(TemplateLM):
         until = settings.get("until") or []
         new = int(settings.get("max_gen_toks") or settings.get("max_tokens") or MAX_NEW_TOKENS)
         if new >= self.max_length:
-            raise ConfigError(f"max_gen_toks {new} leaves no room for a prompt in a context of {self.max_length} tokens")
+            raise ConfigError(f"max_gen_toks {new} leaves no room for a prompt: the context is {self.max_length}")
         ids = self.tok_encode(context) or [self.prefix_token_id]
         if len(ids) > self.max_length - new:
             self.truncated += 1

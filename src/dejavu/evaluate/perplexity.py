@@ -40,7 +40,13 @@ class TextTask:
 
 
 def text_task(
-    name: str, source: str, engine: Engine, window: int, stride: int, limit: int | None = None, tokens: int | None = None
+    name: str,
+    source: str,
+    engine: Engine,
+    window: int,
+    stride: int,
+    limit: int | None = None,
+    tokens: int | None = None,
 ) -> TextTask:
     """Cut a text into windows.
 

@@ -273,7 +273,7 @@ def _silence():
     import os
     from contextlib import redirect_stderr
 
-    return redirect_stderr(open(os.devnull, "w"))  # noqa: SIM115  closed with the process; nothing is written
+    return redirect_stderr(open(os.devnull, "w"))
 
 
 def _by_document(samples: list[dict]) -> list[dict]:

@@ -1,4 +1,4 @@
-"""A table of scores: every request under every setting, computed once, kept in a file that a stopped run goes on from."""
+"""A table of scores: every request under every setting, computed once, in a file that a stopped run goes on from."""
 
 from __future__ import annotations
 
@@ -56,9 +56,7 @@ class Scores:
     Raises: ConfigError for a file that cannot be used.
     """
 
-    def __init__(
-        self, engines: Mapping[str, Engine], path: ScoringPath, batch: int, file: Path | None, identity: dict
-    ):
+    def __init__(self, engines: Mapping[str, Engine], path: ScoringPath, batch: int, file: Path | None, identity: dict):
         self._engines = engines
         self._scorers = {name: Scorer(engine, path, batch) for name, engine in engines.items()}
         self.reads = {name: Reads(engine) for name, engine in engines.items()}

@@ -1,15 +1,16 @@
-"""Settings to evaluate, as text: "dense", "exact", "pack=P,quality=1%", "policy=oracle,mlp=0.1,heads=0.5", with weights=int8
-or not."""
+"""Settings to evaluate, as text: "dense", "exact,weights=int8", "pack=P,quality=1%", "policy=oracle,mlp=0.1"."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import get_args
 
-from dejavu.config import Mode, SelectionConfig
+from dejavu.config import Mode, SelectionConfig, parse_share
 from dejavu.engine.engine import Engine
 from dejavu.errors import ConfigError
+from dejavu.selection.pack import load_pack
 
 KEYS = ("mode", "pack", "quality", "policy", "mlp", "heads", "kv", "weights")
 
@@ -33,12 +34,6 @@ class Setting:
         if (self.mode == "sparse") != (self.selection is not None):
             raise ConfigError(f"{self.name}: mode sparse needs a pack or a policy, and no other mode takes one")
 
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-
-DENSE = Setting("dense")
-
 
 def parse_setting(text: str) -> Setting:
     """A setting from text: a mode, or KEY=VALUE parts with commas between them. Raises: ConfigError naming the part."""
@@ -49,8 +44,8 @@ def parse_setting(text: str) -> Setting:
             key, value = "mode", key
         if key not in KEYS or not value:
             raise ConfigError(
-                f"setting {text!r}: {part!r} is neither a mode ({', '.join(get_args(Mode))}) nor KEY=VALUE with a key of "
-                f"{', '.join(KEYS)}"
+                f"setting {text!r}: {part!r} is neither a mode ({', '.join(get_args(Mode))}) nor KEY=VALUE with one of "
+                f"the keys {', '.join(KEYS)}"
             )
         if key in parts:
             raise ConfigError(f"setting {text!r}: {key} is given twice")
@@ -61,24 +56,16 @@ def parse_setting(text: str) -> Setting:
     if "pack" in parts:
         quality = parts.get("quality")
         selection = SelectionConfig(
-            "predictor", pack=parts["pack"], quality=None if quality is None else share(quality), kv=parts.get("kv", "lazy")
+            "predictor", pack=parts["pack"], quality=parse_share(quality), kv=parts.get("kv", "lazy")
         )
     elif "policy" in parts:
-        densities = {key: share(parts.get(key, "1")) for key in ("mlp", "heads")}
+        densities = {key: parse_share(parts.get(key, "1")) for key in ("mlp", "heads")}
         selection = SelectionConfig(parts["policy"], densities["mlp"], densities["heads"], kv=parts.get("kv", "full"))
     for key, owner in (("quality", "pack"), ("mlp", "policy"), ("heads", "policy")):
         if key in parts and owner not in parts:
             raise ConfigError(f"setting {text!r}: {key} goes with a {owner}")
     mode = parts.get("mode", "dense" if selection is None else "sparse")
     return Setting(text, mode, selection, parts.get("weights"))
-
-
-def share(text: str) -> float:
-    """A share written as 1% or 0.01. Raises: ConfigError."""
-    try:
-        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError as error:
-        raise ConfigError(f"expected a share like 1% or 0.01, found {text!r}") from error
 
 
 def make_engines(settings: Sequence[Setting], load: Callable[[str | None], Engine], calibration: str | None = None):
@@ -99,4 +86,20 @@ def make_engines(settings: Sequence[Setting], load: Callable[[str | None], Engin
             s.mode, s.selection, calibration if s.selection and s.selection.policy == "static" else None
         )
         for s in settings
+    }
+
+
+def identify(model: str, engine: Engine, settings: Sequence[Setting]) -> dict:
+    """What the scores of settings depend on, as JSON: the checkpoint by its hash, and packs by their cuts."""
+    assert engine.checkpoint is not None, "an engine that was loaded"
+    packs = dict.fromkeys(
+        s.selection.pack for s in settings if s.selection is not None and s.selection.pack is not None
+    )
+    cuts = {pack: repr([point.cuts for point in load_pack(pack).points]) for pack in packs}
+    return {
+        "model": model,
+        "checkpoint_hash": engine.checkpoint.hash,
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "definitions": {s.name: asdict(s) for s in settings},
+        "packs": {pack: hashlib.sha256(text.encode()).hexdigest()[:16] for pack, text in cuts.items()},
     }

@@ -131,7 +131,9 @@ def local_names(folder: Path) -> dict[str, Path]:
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder}: is no folder")
-    found = {f.name.split(".")[0]: f for f in sorted(folder.iterdir()) if f.name.endswith(TASK_SUFFIXES + TEXT_SUFFIXES)}
+    found = {
+        f.name.split(".")[0]: f for f in sorted(folder.iterdir()) if f.name.endswith(TASK_SUFFIXES + TEXT_SUFFIXES)
+    }
     if not found:
         raise ConfigError(f"{folder}: holds no {', '.join(TASK_SUFFIXES + TEXT_SUFFIXES)} file")
     return found
@@ -215,8 +217,8 @@ def hub_tasks(names: Sequence[str], num_fewshot: int | None) -> dict[str, Task]:
         tasks = manager.load(names)["tasks"]
     except Exception as error:  # data sets raise whatever their hosts and formats do
         raise ConfigError(
-            f"{', '.join(names)}: the data cannot be loaded ({' '.join(str(error).split())[:300]}); without a hub, give "
-            "--data-dir"
+            f"{', '.join(names)}: the data cannot be loaded ({' '.join(str(error).split())[:300]}); "
+            "without a hub, give --data-dir"
         ) from error
     for task in tasks.values():
         if num_fewshot is not None and task.get_config("num_fewshot") != 0:

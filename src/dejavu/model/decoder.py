@@ -171,7 +171,9 @@ class Decoder:
     def forward(
         self, sequences: Sequence[Tensor], cache: KVCache, wanted: Tensor | None = None, *, hooks: Hooks | None = None
     ) -> Tensor:
-        """Read whole sequences in one pass, sequence i into row i of the cache: many short ones cost what one long costs.
+        """Read whole sequences in one pass, sequence i into row i of the cache.
+
+        Many short sequences thus cost what one long one costs.
 
         Args:
             sequences: of (T_i,) integers each, 1 <= T_i <= the cache's capacity. All of them pass at once: memory
@@ -241,7 +243,7 @@ class Decoder:
         return out if layer.attn.out_bias is None else out + layer.attn.out_bias
 
     def _attend_span(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, i: int, span: _Span) -> Tensor:
-        """Put a span's keys and values (G, T, D) into the cache; outputs (H, T, D) of queries (H, T, D) over its row."""
+        """Put a span's keys and values (G, T, D) into the cache; outputs (H, T, D) of its queries (H, T, D)."""
         row, start, end = span.row, span.start, span.start + k.shape[1]
         cache.k[i][row, :, start:end] = k.to(cache.k.dtype)
         cache.v[i][row, :, start:end] = v.to(cache.v.dtype)
