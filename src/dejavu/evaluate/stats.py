@@ -37,8 +37,8 @@ def perplexity_ratio(ours: Sequence[float], theirs: Sequence[float], weights: Se
     """The relative difference of two perplexities of the same documents (0.01: one percent more), with its interval."""
     lost = np.asarray(theirs, float) - np.asarray(ours, float)
     rate, error = lost.sum() / sum(weights), _rate_error(lost, weights)
-    low, value, high = (float(np.expm1(rate + k * error)) for k in (-Z, 0, Z))
-    return {"difference": value, "low": low, "high": high}
+    low, high = (float(np.expm1(rate + k * error)) for k in (-Z, Z))
+    return {"difference": float(np.expm1(rate)), "low": low, "high": high}
 
 
 def _rate_error(values: Sequence[float], weights: Sequence[float]) -> float:
