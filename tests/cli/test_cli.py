@@ -153,8 +153,13 @@ def test_info_never_reads_the_weights(make_checkpoint, monkeypatch):
 def test_demo():
     shown = text("demo", "-n", "6")
     assert shown.count("dense and exact wrote the same 6 tokens") == 3
-    dense, exact = (next(line for line in shown.splitlines() if f"│ {mode}" in line) for mode in ("dense", "exact"))
-    assert "100.0%" in dense and "100.0%" not in exact
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
+    assert [row[0] for row in rows] == ["dense", "exact", "sparse"]
+    megabytes, density, heads = ([float(row[i].rstrip("MB %")) for row in rows] for i in (3, 4, 5))
+    assert megabytes[0] > megabytes[1] > megabytes[2]
+    assert density[0] == 100 and max(density[1:]) < 20
+    # exact skips neurons only
+    assert heads[:2] == [100, 100] and heads[2] < 100
 
 
 def test_the_command_itself():
