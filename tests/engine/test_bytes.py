@@ -53,7 +53,7 @@ def test_only_the_rows_read_count():
 def test_a_batch_shares_the_weights_but_not_the_cache():
     config = ModelConfig(**CONFIG)
     weights, _ = weights_of(config)
-    one, four = (step_bytes(config, weights, attended=7, batch=b) for b in (1, 4))
+    one, four = (step_bytes(config, weights, attended=7, batch=b, predictor_bytes=9) for b in (1, 4))
     assert {k: four[k] / one[k] for k in PARTS} == {
         "embedding": 4, "attention": 1, "mlp_in": 1, "mlp_out": 1, "predictor": 1, "lm_head": 1, "kv": 4
     }  # fmt: skip
