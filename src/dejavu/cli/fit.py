@@ -1,4 +1,4 @@
-"""`dejavu fit` and `dejavu tune`: make a sparsity pack for a model, and move along its frontier."""
+"""`dejavu fit`, `dejavu tune` and `dejavu push`: make a sparsity pack, move along its frontier, hand it on."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def fit(
     out: Annotated[Path, typer.Option("--out", "-o", help="The pack's folder; must not exist.")],
     tokens: Annotated[int | None, typer.Option(help="To learn from.")] = None,
     calibration_tokens: Annotated[int | None, typer.Option(help="To search on, and as many to judge on.")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens read in one piece; documents must be as long.")] = None,
     max_ppl_increase: Annotated[str | None, typer.Option(help="Bound: 1% or 0.01. [default: 1%]")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Bound instead: nats per token from the dense model.")] = None,
     target_density: Annotated[float | None, typer.Option(help="Bound instead: the mean MLP density.")] = None,
@@ -67,6 +68,7 @@ def fit(
     asked = {
         "tokens": tokens,
         "calibration_tokens": calibration_tokens,
+        "window": window,
         "rank": _rank(rank),
         "heads_ahead": heads_ahead,
         "neurons_ahead": neurons_ahead,
@@ -93,9 +95,14 @@ def fit(
                 tasks[name] = bar.add_task(name, total=total)
             bar.update(tasks[name], completed=done)
 
-        pack = run(engine, documents(text), out, config, stage=stage, progress=progress)
+        try:
+            pack = run(engine, documents(text), out, config, stage=stage, progress=progress)
+        except KeyboardInterrupt:
+            bar.stop()
+            typer.echo(f"stopped; the same command goes on from what {out}.work holds", err=True)
+            raise typer.Exit(130) from None
     if pack is not None:
-        show(pack, str(out), as_json)
+        _finish(pack, out, as_json)
 
 
 def tune(
@@ -110,7 +117,29 @@ def tune(
     """
     from dejavu.predictor.fit import tune as run
 
-    show(run(pack, out, parse_share(max_ppl_increase)), str(out), as_json)
+    _finish(run(pack, out, parse_share(max_ppl_increase)), out, as_json)
+
+
+def push(
+    pack: Annotated[str, typer.Argument(help="A pack's folder.")],
+    repo: Annotated[str, typer.Argument(help="Where to: OWNER/NAME on the Hugging Face Hub, made if need be.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new one private.")] = False,
+) -> None:
+    """Upload a pack to the Hugging Face Hub, with the token that `hf auth login` keeps.
+
+    Example: dejavu push opt-1.3b-pack someone/opt-1.3b-pack
+    """
+    from dejavu.predictor.fit import push as run
+
+    typer.echo(run(pack, repo, private=private))
+
+
+def _finish(pack: Pack, out: Path, as_json: bool) -> None:
+    """A pack was written: its figure goes beside it, and its frontier is printed."""
+    from dejavu.predictor.figure import save_frontier
+
+    save_frontier(pack, out.name, out)
+    show(pack, str(out), as_json)
 
 
 def show(pack: Pack, name: str, as_json: bool) -> None:

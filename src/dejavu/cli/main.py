@@ -13,7 +13,7 @@ import dejavu
 from dejavu.cli.bench import bench
 from dejavu.cli.demo import demo
 from dejavu.cli.evaluate import compare, evaluate
-from dejavu.cli.fit import fit, tune
+from dejavu.cli.fit import fit, push, tune
 from dejavu.cli.generate import generate
 from dejavu.cli.info import info
 from dejavu.cli.profile import profile
@@ -38,7 +38,7 @@ class _Group(TyperGroup):
 
 
 app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for _verb in (generate, profile, fit, tune, info, quantize, demo, bench, compare):
+for _verb in (generate, profile, fit, tune, push, info, quantize, demo, bench, compare):
     app.command()(_verb)
 app.command("eval")(evaluate)
 

@@ -310,13 +310,22 @@ def tune(source: str | os.PathLike, out: str | os.PathLike, quality: float) -> P
 
 
 def push(source: str | os.PathLike, repo: str, *, private: bool = False) -> str:
-    """Upload a pack to the Hugging Face Hub; returns its address. Raises: PackError where it is no pack."""
+    """Upload a pack to the Hugging Face Hub; returns its address.
+
+    Raises: PackError where it is no pack, ConfigError where the hub does not take it.
+    """
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     load_pack(source)
     api = HfApi()
-    api.create_repo(repo, exist_ok=True, private=private)
-    return str(api.upload_folder(repo_id=repo, folder_path=source, allow_patterns=[MANIFEST, TENSORS]))
+    try:
+        api.create_repo(repo, exist_ok=True, private=private)
+        return str(
+            api.upload_folder(repo_id=repo, folder_path=source, allow_patterns=[MANIFEST, TENSORS, "frontier.*"])
+        )
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise ConfigError(f"{repo}: cannot be uploaded ({' '.join(str(error).split())[:300]})") from error
 
 
 def _collected_windows(config: FitConfig) -> int:
