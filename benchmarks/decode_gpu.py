@@ -27,11 +27,11 @@ from statistics import NormalDist
 from time import monotonic
 
 import torch
-from random_predictor import RandomPredictor
 from transformers import DynamicCache, StaticCache
 
 from dejavu.bench import record, shapes
 from dejavu.bench.peers.hugging_face import random_hugging_face
+from dejavu.bench.random_predictor import predictor_rank, random_predictor
 from dejavu.bench.timing import percentiles_ms
 from dejavu.checkpoint.layout import Quantization
 from dejavu.config import SelectionConfig
@@ -67,9 +67,8 @@ class Subject:
         weights = shapes.random_weights(c, DTYPE, self.ops, args.seed, args.mlp_density, quantization)
         self.decoder = Decoder(c, weights, self.ops)
         self.selection = SelectionConfig("static", args.mlp_density, args.attn_density, kv="lazy")
-        # About 6 % of what a sparse step reads.
-        self.rank = max(32, c.hidden_size // 32)
-        self.predictor = RandomPredictor(c, self.ops, self.selection, self.rank, self.quantized)
+        self.rank = predictor_rank(c)
+        self.predictor = random_predictor(c, self.ops, self.selection, DTYPE, self.quantized)
 
     def _selector(self, mode: str):
         if mode != "sparse, fixed sets":
@@ -142,7 +141,7 @@ class Subject:
                 lazy=sparse,
             )
             if mode in ("sparse", "sparse, in line"):
-                parts["predictor"] = float(self.predictor.bytes)
+                parts["predictor"] = float(self.predictor.nbytes)
             yield prompt, {**percentiles_ms(seconds), "bytes_per_token": parts, **self._densities(read, union)}
 
     def _densities(self, read: torch.Tensor, heads: float) -> dict[str, float]:
@@ -245,7 +244,7 @@ class Run:
         if not self.has_time(name, "ours"):
             return
         subject = Subject(name, self.args)
-        fields = {"predictor_rank": subject.rank, "predictor_bytes": subject.predictor.bytes}
+        fields = {"predictor_rank": subject.rank, "predictor_bytes": subject.predictor.nbytes}
         for mode in (*PLAIN, *COSTS):
             prompts = self.args.prompt if mode in PLAIN else self.args.prompt[:1]
             for prompt, result in subject.measure(mode, prompts):

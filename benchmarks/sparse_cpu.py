@@ -5,16 +5,19 @@
     python benchmarks/sparse_cpu.py --only batches
     python benchmarks/sparse_cpu.py --only mlp
 
-Random weights in public shapes show speed, never quality. Two kinds of sparse runs: sets that stay (`static`), which
-cost no choosing, and `--policy random`, new sets for every token, drawn on the host inside the measured time. Nearly
-all neurons fire, so that every selected row is really read. Parts: `ours`, each peer by name, `batches` (time and union
-density over the batch) and `mlp` (one MLP over density, beside PyTorch's dense one and the bandwidth line).
+Random weights in public shapes show speed, never quality. Sparse runs are led by predictors of random weights, whose
+time is inside; `--policy static` reads sets that stay, which cost no choosing, `--policy both` times both. Nearly all
+neurons fire, so that every selected row is really read. Parts: `ours`, each peer by name, `batches` (time and union
+density over the batch, with the crossover and, as "always", without it) and `mlp` (one MLP over density, beside
+PyTorch's dense one and the bandwidth line).
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from time import perf_counter
 from types import ModuleType
@@ -44,13 +47,24 @@ WIDTHS = ("bf16", "int8", "int4")
 BATCHES = (1, 2, 4, 8, 16)
 MLP_DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 PARTS = ("ours", *PEERS, "batches", "mlp")
+POLICIES = ("predictor", "static")
 ACTIVITY = 0.999
 
 
-def main_settings(selection: SelectionConfig, prompt: int, batches: tuple[int, ...] = (1,)) -> list[Setting]:
-    """Dense and sparse in every format of the issue that this version has; batches in bf16 alone."""
-    formats = [form for form in WIDTHS if form in FORMATS] if batches == (1,) else ["bf16"]
-    return settings.grid(("dense", "sparse"), [selection], formats, batches, (prompt,))
+def main_settings(
+    selection: SelectionConfig, policy: str, prompt: int, batches: tuple[int, ...] = (1,)
+) -> list[Setting]:
+    """Dense and sparse in every format of the issue that this version has; batches in bf16 alone, where a sparse step
+    is timed with its crossover and without."""
+    single = batches == (1,)
+    formats = [form for form in WIDTHS if form in FORMATS] if single else ["bf16"]
+    selections = [selection] if single else [selection, replace(selection, crossover=False)]
+    every = [
+        settings.grid(("dense", "sparse"), selections, formats, batches, (prompt,), random_predictor=who == "predictor")
+        for who in POLICIES
+        if policy in (who, "both")
+    ]
+    return list(dict.fromkeys(chain(*every)))
 
 
 def peer_runs(names: list[str], prompt: int, note) -> list[PeerRun]:
@@ -125,7 +139,7 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help=f"Parts: {', '.join(PARTS)}. [default: all]")] = None,
     mlp_density: Annotated[float, typer.Option(help="Of the neurons.")] = 0.10,
     attn_density: Annotated[float, typer.Option(help="Of the query heads.")] = 0.42,
-    policy: Annotated[str, typer.Option(help="Who selects: static, sets that stay, or another policy.")] = "static",
+    policy: Annotated[str, typer.Option(help="Who selects: predictor, static, or both.")] = "predictor",
     prompt: Annotated[int, typer.Option(min=1)] = 128,
     new: Annotated[int, typer.Option(min=1, help="New tokens that are timed in each round.")] = 32,
     repeat: Annotated[int, typer.Option(min=1, help="Rounds.")] = 3,
@@ -140,7 +154,8 @@ def main(
         parts = [check_name("part", part, PARTS) for part in only or PARTS]
         ops = load_backend("cpu")
         set_threads(ops, threads)
-        selection = SelectionConfig(policy, mlp_density, attn_density, kv="lazy", seed=seed)
+        check_name("policy", policy, (*POLICIES, "both"))
+        selection = SelectionConfig("static", mlp_density, attn_density, kv="lazy", seed=seed)
         append = partial(record.append, results, benchmark="sparse_cpu", isa=ops.isa())
         for name in shape or ("opt-6.7b", "opt-1.3b"):
             subject = settings.shape(name, ops, seed, ACTIVITY)
@@ -151,12 +166,12 @@ def main(
             )  # fmt: skip
             others = peer_runs([part for part in parts if part in PEERS], prompt, err.print)
             if others or "ours" in parts:
-                mine = main_settings(selection, prompt) if "ours" in parts else []
+                mine = main_settings(selection, policy, prompt) if "ours" in parts else []
                 fields = append(part="main", **time(mine, others, work=kept))
                 for table in report.tables(fields, subject.title):
                     out.print(table)
             if "batches" in parts:
-                fields = append(part="batches", **time(main_settings(selection, prompt, BATCHES)))
+                fields = append(part="batches", **time(main_settings(selection, policy, prompt, BATCHES)))
                 for table in report.tables(fields, subject.title):
                     out.print(table)
                 drawn = report.figures(fields, subject.title)

@@ -175,6 +175,8 @@ class SelectionConfig:
         kv: "lazy" computes keys and values of a head when it is next selected, "full" at once. Same result.
         pending: with lazy keys and values, at most this many tokens wait in a head.
         seed: of the random policy.
+        crossover: in a batch, read a part of a layer whole where that was measured to be faster than the union of what
+            its rows select (engine.crossover).
     Raises: ConfigError naming the field.
     """
 
@@ -187,6 +189,7 @@ class SelectionConfig:
     seed: int = 0
     pack: str | None = None
     quality: float | None = None
+    crossover: bool = True
 
     def __post_init__(self):
         if self.policy not in get_args(Policy):

@@ -16,7 +16,7 @@ from dejavu.kernels import backend
 
 TINY = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 256, "num_hidden_layers": 2,
         "num_attention_heads": 4, "vocab_size": 500, "max_position_embeddings": 64}  # fmt: skip
-SPARSE = SelectionConfig("static", 0.25, 0.5, kv="lazy")
+SPARSE = SelectionConfig("static", 0.25, 0.5, kv="lazy", crossover=False)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_a_run_measures_densities_bytes_and_ratios(subject, monkeypatch, memory_
 
 
 def test_each_density_is_a_point_beside_the_limit(subject):
-    chosen = [Setting("sparse", SelectionConfig("static", d), prompt=4) for d in (0.1, 0.5, 1.0)]
+    chosen = [Setting("sparse", SelectionConfig("static", d, crossover=False), prompt=4) for d in (0.1, 0.5, 1.0)]
     fields = measure(subject, backend("cpu"), chosen, new_tokens=2, repeat=1)
     (axes,) = report.figures(fields, "tiny")["density"].axes
     times, limit = axes.lines
@@ -90,7 +90,38 @@ def test_the_selector_of_a_subject_can_be_another(subject):
     assert fields["results"][setting.name]["mlp_density"] == pytest.approx(0.5, abs=0.01)
 
 
+def test_predictors_of_random_weights_keep_the_densities_and_count(subject):
+    """Their bytes and time are inside; two rows have hidden states of their own, and so sets of their own."""
+    chosen = settings.grid(("sparse",), [SPARSE], ["bf16"], [1, 2], [8], random_predictor=True)
+    one, two = measure(subject, backend("cpu"), chosen, new_tokens=4, repeat=1)["results"].values()
+    assert one["policy"] == "random predictor"
+    assert one["attn_density"] == 0.5
+    # Two layers: neurons (32 x 64 and 256 x 32) and heads (4 x 64) in bf16, and their biases in float32.
+    assert one["bytes_per_token"]["predictor"] == 2 * (2 * (32 * 64 + 256 * 32 + 4 * 64) + 4 * (256 + 4))
+    rows = [r["bytes_per_token"]["mlp_in"] for r in (one, two)]
+    assert rows[0] < rows[1] < 2 * rows[0]
+    assert 0 < one["predictor_share"] < 1
+
+
+def test_layers_past_the_crossover_are_shown(subject, monkeypatch):
+    from dataclasses import replace
+
+    from dejavu.bench import decode
+    from dejavu.engine.crossover import Costs
+
+    neurons_never_pay = Costs((0, 1), 2, (9, 1, 1), (1, 1))
+    monkeypatch.setattr(decode, "measure_costs", lambda *args: neurons_never_pay)
+    setting = Setting("sparse", replace(SPARSE, crossover=True), prompt=4)
+    fields = measure(subject, backend("cpu"), [setting], new_tokens=2, repeat=1)
+    (r,) = fields["results"].values()
+    assert r["whole"] == ((), (0, 1))
+    cells = [list(column.cells) for column in report.tables(fields, "tiny")[0].columns]
+    assert cells[-1] == ["2/0"]
+
+
 def test_bad_settings_are_named(subject):
+    with pytest.raises(ConfigError, match="needs a selection, whose densities"):
+        Setting(random_predictor=True)
     with pytest.raises(ConfigError, match="needs a selection"):
         Setting("sparse")
     with pytest.raises(ConfigError, match="weights 'int3' are not supported; choose one of: bf16, fp32"):

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import dejavu
+from dejavu.engine.crossover import Costs, measure_costs
 from dejavu.engine.step import DecodeStep
 from dejavu.kernels import beside
+from dejavu.selection import make_selector
 
 pytestmark = [
     pytest.mark.gpu,
@@ -92,3 +94,28 @@ def test_sparse_graph_equals_eager_bit_for_bit_with_lookahead_beside(tiny_checkp
         for a, b in zip(overlapped, logits(), strict=True):
             assert torch.equal(a, b)
     assert overlapped[1].tolist() == [26 * H] + [26 * (H // 2)] * (L - 1)
+
+
+def test_what_selections_do_not_pay_for_is_read_whole(tiny_checkpoint):
+    """Captured anew in the middle of a text: counts go on, and the text is that of the CPU's kernels."""
+    folder, selection = tiny_checkpoint(), dejavu.SelectionConfig("random", 0.4, 0.5, kv="lazy", pending=4, seed=3)
+    never = Costs((9.0, 0.0), 1.0, (9.0, 0.0, 0.0), (1.0, 0.0))
+    logits = []
+    for backend in ("triton", "cpu"):
+        d = dejavu.load(folder, dtype="fp32", backend=backend).decoder
+        selector = make_selector(selection, d.config, d.weights, d.ops)
+        assert measure_costs(d, 2, 4, selector).heads_whole > 0
+        step = DecodeStep(d, 2, 64, "sparse", selector, 4, never)
+        for row in (0, 1):
+            step.prefill(row, [1, 2, 3 + row])
+        step.reset_counts()
+        out = []
+        for token in range(5, 20):
+            step.feed(0, token)
+            step.feed(1, token + 20)
+            out.append(step.run().clone())
+        assert step.whole == ((0, 1), (0, 1))
+        assert (step.heads_read == 4 * 2 + 11 * 3).all()
+        logits.append(torch.stack(out))
+    # float32 on both; GEMMs of the prompt differ most
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-3)

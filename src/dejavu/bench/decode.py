@@ -10,8 +10,9 @@ import torch
 
 from dejavu.config import Mode, SamplingParams
 from dejavu.engine.bytes import step_bytes
+from dejavu.engine.crossover import measure_costs
 from dejavu.engine.sampling import Sampler
-from dejavu.engine.step import DecodeStep
+from dejavu.engine.step import DecodeStep, can_capture
 from dejavu.model.decoder import Decoder
 from dejavu.selection import Selector
 
@@ -33,6 +34,7 @@ class Dejavu:
         batch: rows. With more than one, `prefill` takes a prompt for each row, and `step` a token, and both return
             a list.
         selector, pending: as DecodeStep takes them.
+        crossover: with a selector that is captured: read whole what that was measured to make faster.
     """
 
     def __init__(
@@ -44,9 +46,13 @@ class Dejavu:
         batch: int = 1,
         selector: Selector | None = None,
         pending: int | None = None,
+        crossover: bool = False,
     ):
         self._decoder, self._batch, self._lazy = decoder, batch, pending is not None
-        self._step = DecodeStep(decoder, batch, capacity, mode, selector, pending)
+        costs = None
+        if crossover and selector is not None and can_capture(decoder, selector):
+            costs = measure_costs(decoder, batch, pending, selector)
+        self._step = DecodeStep(decoder, batch, capacity, mode, selector, pending, costs)
         self._choose = Sampler(SamplingParams(), (), decoder.config.vocab_size)
         self._steps = self._attended = 0
 
@@ -75,6 +81,11 @@ class Dejavu:
             lazy=self._lazy,
             predictor_bytes=self._step.predictor_bytes,
         )
+
+    @property
+    def whole(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """As DecodeStep says it."""
+        return self._step.whole
 
     def mlp_density(self) -> float:
         """Mean share of the fc2 (down) rows that the steps so far have read."""

@@ -29,14 +29,16 @@ def tables(fields: dict[str, Any], title: str) -> list[Table]:
     limit = fields["read_bandwidth_bytes_per_s"]
     times = table(
         f"{title}; this machine reads {limit / 1e9:.1f} GB/s",
-        *("", "ms p20", "p50", "p80", "tok/s", "GB/step", "of bandwidth", "selecting", "MLP", "heads"),
+        *("", "ms p20", "p50", "p80", "tok/s", "GB/step", "of bandwidth", "selecting", "MLP", "heads", "whole"),
     )
     for name, r in results.items():
         cells = [f"{r[p]:.3g}" for p in ("p20_ms", "p50_ms", "p80_ms")] + [f"{r['tok_per_s']:.2f}"]
         if name in ours:
             cells.append(f"{sum(r['bytes_per_token'].values()) / 1e9:.3f}")
             cells += [f"{r[k]:.1%}" for k in ("bandwidth_share", "predictor_share", "mlp_density", "attn_density")]
-        times.add_row(name, *cells, *("-" for _ in range(9 - len(cells))))
+            # Layers whose MLP, whose heads selections did not pay for.
+            cells.append("/".join(str(len(layers)) for layers in reversed(r["whole"])))
+        times.add_row(name, *cells, *("-" for _ in range(10 - len(cells))))
     out = [times]
     if ours:
         parts = list(next(iter(ours.values()))["bytes_per_token"])
@@ -88,6 +90,7 @@ def _line(r: dict[str, Any], over: str) -> str:
     if over == "density":
         parts.append(f"batch {r['batch']}, heads {r['asked_attn_density']}")
     elif r["mode"] == "sparse":
+        parts += ["always"] if r["crossover"] is False else []
         parts.append(f"MLP {r['asked_mlp_density']}, heads {r['asked_attn_density']}")
     return " ".join(str(part) for part in parts if part is not None)
 

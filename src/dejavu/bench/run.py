@@ -17,6 +17,8 @@ from dejavu.bench.peers import peer as find_peer
 from dejavu.bench.settings import Setting, Subject
 from dejavu.bench.timing import Run, interleave, percentiles_ms
 from dejavu.device import default_threads, hardware
+from dejavu.engine.crossover import choosing_ms
+from dejavu.engine.step import can_capture
 
 # First steps of every run, which don't count.
 SKIP = 4
@@ -136,7 +138,9 @@ class _Bench:
     def _time_ours(self, decoder, setting: Setting) -> list[float]:
         s, chooser = setting.selection, None
         if s is not None:
-            chooser = _Clock(self._subject.selector(decoder, setting))
+            chooser = self._subject.selector(decoder, setting)
+            captured = can_capture(decoder, chooser)
+            chooser = _Clock(chooser, captured)
         ours = Dejavu(
             decoder,
             setting.prompt + SKIP + self._new,
@@ -144,22 +148,31 @@ class _Bench:
             batch=setting.batch,
             selector=chooser,
             pending=s.pending if s is not None and s.kv == "lazy" else None,
+            crossover=s is not None and s.crossover,
         )
         prompts = [random_prompt(decoder.config.vocab_size, setting.prompt, seed) for seed in range(setting.batch)]
         seconds = decode_times(ours, prompts, self._new, SKIP)
+        choosing = 0.0
+        if s is not None:
+            choosing = chooser.seconds / (SKIP + self._new)
+            if captured:
+                chosen = chooser.without({(i, part) for part, rows in enumerate(ours.whole) for i in rows})
+                choosing += choosing_ms(decoder, setting.batch, chosen) / 1e3
         self._facts[setting.name] = {
             "mode": setting.mode,
-            "policy": None if s is None else s.policy,
+            "policy": setting.policy,
             "asked_mlp_density": None if s is None else s.mlp_density,
             "asked_attn_density": None if s is None else s.attn_density,
             "kv": None if s is None else s.kv,
+            "crossover": None if s is None else s.crossover,
             "weights_format": setting.weights,
             "batch": setting.batch,
             "prompt": setting.prompt,
             "bytes_per_token": ours.bytes_per_token(),
             "mlp_density": ours.mlp_density(),
             "attn_density": ours.attn_density(),
-            "predictor_share": 0.0 if chooser is None else chooser.seconds / chooser.steps / (sum(seconds) / self._new),
+            "whole": ours.whole,
+            "predictor_share": choosing / (sum(seconds) / self._new),
         }
         return seconds
 
@@ -174,30 +187,32 @@ class _Bench:
 
 
 class _Clock:
-    """A selector, and the time that it takes on the host, between the kernels or before the step.
+    """A selector, and the seconds that it takes on the host: before a step, and within one that is not captured.
 
-    What a captured selector records is replayed within the step and cannot be told apart: its clock counts `advance`.
+    Args:
+        captured: the step that calls it is.
+        clock: goes on counting there.
     """
 
-    def __init__(self, selector):
-        self._selector, self.capturable = selector, selector.capturable
-        self.seconds, self.steps = 0.0, 0
-        self.begin = self._timed(selector.begin)
-        self.neurons = self._timed(selector.neurons)
+    def __init__(self, selector, captured: bool, clock: _Clock | None = None):
+        self._selector, self._captured, self._first = selector, captured, clock or self
+        self.capturable, self.cuts = selector.capturable, selector.cuts
+        self.nbytes = getattr(selector, "nbytes", 0)
+        self.seconds = 0.0
+        self.advance = self._timed(selector.advance)
         # The oracle's `heads` runs the attention itself, so its time is not that of choosing alone.
-        self.heads = self._timed(selector.heads)
+        for name in ("begin", "heads", "neurons"):
+            call = getattr(selector, name)
+            setattr(self, name, call if captured else self._timed(call))
 
-    def advance(self) -> None:
-        if self.steps == 0:
-            self.seconds = 0.0  # recording the step is no part of any step
-        self.steps += 1
-        self._timed(self._selector.advance)()
+    def without(self, parts):
+        return _Clock(self._selector.without(parts), self._captured, self._first)
 
     def _timed(self, call):
         def timed(*args):
             began = perf_counter()
             result = call(*args)
-            self.seconds += perf_counter() - began
+            self._first.seconds += perf_counter() - began
             return result
 
         return timed

@@ -12,6 +12,7 @@ import torch
 
 from dejavu.bench import shapes
 from dejavu.bench.peers import Source
+from dejavu.bench.random_predictor import random_predictor
 from dejavu.checkpoint.layout import Quantization, allocate, parse_quantization
 from dejavu.checkpoint.source import Checkpoint, open_checkpoint
 from dejavu.config import Mode, ModelConfig, SelectionConfig
@@ -35,6 +36,8 @@ class Setting:
         weights: a format of FORMATS.
         batch: rows, each with a prompt of its own.
         prompt: tokens of each.
+        random_predictor: of the selection the densities alone count, and predictors of random weights choose
+            (bench.random_predictor).
     Raises: ConfigError naming the field.
     """
 
@@ -43,22 +46,31 @@ class Setting:
     weights: str = "bf16"
     batch: int = 1
     prompt: int = 128
+    random_predictor: bool = False
 
     def __post_init__(self):
         if (self.mode == "sparse") != (self.selection is not None):
             raise ConfigError("mode sparse needs a selection, and no other mode takes one")
         if self.weights not in FORMATS:
             raise ConfigError(f"weights {self.weights!r} are not supported; choose one of: {', '.join(FORMATS)}")
+        if self.random_predictor and self.selection is None:
+            raise ConfigError("a predictor of random weights needs a selection, whose densities it keeps")
         for name in ("batch", "prompt"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be a positive integer, found {getattr(self, name)}")
+
+    @property
+    def policy(self) -> str | None:
+        """Who selects, by a name that says so where weights are random."""
+        return "random predictor" if self.random_predictor else self.selection and self.selection.policy
 
     @property
     def name(self) -> str:
         """Unlike that of any other setting, and short enough for a table."""
         parts = [self.mode]
         if s := self.selection:
-            parts += [s.policy, f"{_percent(s.mlp_density)}/{_percent(s.attn_density)}", s.kv]
+            parts += [self.policy, f"{_percent(s.mlp_density)}/{_percent(s.attn_density)}", s.kv]
+            parts += [] if s.crossover else ["always"]
         return " ".join([*parts, self.weights, f"B{self.batch}", f"P{self.prompt}"])
 
     def check(self, config: ModelConfig, new_tokens: int) -> None:
@@ -159,7 +171,9 @@ def shape(name: str, ops: ModuleType, seed: int = 0, activity: float = 0.1) -> S
 
 
 def policy_selector(decoder: Decoder, setting: Setting) -> Selector:
-    """The policy of a setting's selection; `static` reads `fixed_sets`."""
+    """The policy of a setting; `static` reads `fixed_sets`."""
+    if setting.random_predictor:
+        return random_predictor(decoder.config, decoder.ops, setting.selection, decoder.weights.dtype)
     if setting.selection.policy == "static":
         return fixed_sets(decoder.config, decoder.ops, setting.selection, setting.batch)
     return make_selector(setting.selection, decoder.config, decoder.weights, decoder.ops)
@@ -188,10 +202,12 @@ def grid(
     weights: Sequence[str],
     batches: Sequence[int],
     prompts: Sequence[int],
+    *,
+    random_predictor: bool = False,
 ) -> list[Setting]:
     """Every combination, each once; selections go with mode "sparse" only."""
     every = [
-        Setting(mode, selection, form, batch, prompt)
+        Setting(mode, selection, form, batch, prompt, random_predictor and mode == "sparse")
         for prompt in prompts
         for batch in batches
         for form in weights

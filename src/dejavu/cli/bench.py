@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dejavu.cli.options import Backend, Json, Threads
+from dejavu.cli.options import Backend, Crossover, Json, Threads
 from dejavu.config import SelectionConfig
 from dejavu.errors import ConfigError
 
@@ -22,11 +22,16 @@ def bench(
     shape: Annotated[str | None, typer.Option(help="Random weights in a public shape, opt-6.7b say.")] = None,
     mode: Annotated[list[str] | None, typer.Option(help="dense, exact, sparse. [default: dense and exact]")] = None,
     policy: Annotated[
-        str | None, typer.Option(help="Of mode sparse. [default: oracle; static, random sets that stay, for a shape]")
+        str | None,
+        typer.Option(
+            help="Of mode sparse. With --shape: predictor, of random weights, or static, random sets that stay. "
+            "[default: oracle; static for a shape]"
+        ),
     ] = None,
     mlp_density: Annotated[list[float] | None, typer.Option(help="Of mode sparse. [default: 0.1]")] = None,
     attn_density: Annotated[list[float] | None, typer.Option(help="Of mode sparse. [default: 1]")] = None,
     kv: Annotated[str, typer.Option(help="Of mode sparse: full, or lazy.")] = DEFAULT.kv,
+    crossover: Crossover = DEFAULT.crossover,
     dtype: Annotated[str, typer.Option(help="Of the weights where --weights is not given: bf16 or fp32.")] = "bf16",
     weights: Annotated[list[str] | None, typer.Option(help="Formats of our weights. [default: --dtype]")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Rows. [default: 1]")] = None,
@@ -71,8 +76,10 @@ def bench(
         # What a predictor selects mostly fires; a random set would else read a tenth of its fc2 rows.
         activity = 0.999 if "sparse" in (mode or ()) else 0.1
     subject = settings.shape(shape, ops, seed, activity) if shape else settings.model(model or BUNDLED, ops)
+    predicted = policy == "predictor" and shape is not None
+    who = "static" if predicted else policy or ("static" if shape else "oracle")
     selections = [
-        SelectionConfig(policy or ("static" if shape else "oracle"), mlp, attn, kv=kv, seed=seed)
+        SelectionConfig(who, mlp, attn, kv=kv, seed=seed, crossover=crossover)
         for mlp in mlp_density or (0.1,)
         for attn in attn_density or (1.0,)
     ]
@@ -80,7 +87,7 @@ def bench(
         raise ConfigError("policy static needs a text to find its units on; it is timed with --shape only")
     modes = mode or [m for m in ("dense", "exact") if m in subject.config.modes]
     formats, prompts = weights or [dtype], prompt or [128]
-    chosen = settings.grid(modes, selections, formats, batch or [1], prompts)
+    chosen = settings.grid(modes, selections, formats, batch or [1], prompts, random_predictor=predicted)
     others = _peer_runs(peers, peer_weights or formats, prompts, subject.source.config)
     if output is not None and output.exists() and not output.is_dir():
         raise ConfigError(f"{output}: is not a folder; choose another place")

@@ -91,5 +91,8 @@ def stats_table(stats: dict[str, Stats]) -> Table:
         add(f"read per token: {part}", (s.step_bytes and decimal(round(s.step_bytes[part])) for s in runs))
     add("read per token", (s.step_bytes and decimal(round(sum(s.step_bytes.values()))) for s in runs))
     add("MLP density", (s.mlp_density and f"{s.mean_mlp_density:.1%}" for s in runs))
+    for part, name in enumerate(("heads", "MLP")):
+        if any(s.whole[part] for s in runs):
+            add(f"layers with {name} read whole, as faster", (str(len(s.whole[part])) for s in runs))
     add("attention density", (s.attn_density and f"{s.mean_attn_density:.1%}" for s in runs))
     return table

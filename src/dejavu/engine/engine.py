@@ -18,8 +18,9 @@ from dejavu.checkpoint.load import Progress
 from dejavu.checkpoint.source import BUNDLED, Checkpoint, open_checkpoint
 from dejavu.config import ZEROING_ACTIVATIONS, Mode, ModelConfig, SamplingParams, SelectionConfig
 from dejavu.device import default_threads
+from dejavu.engine.crossover import measure_costs
 from dejavu.engine.generation import Batch, Chunk, Generation
-from dejavu.engine.step import DecodeStep
+from dejavu.engine.step import DecodeStep, can_capture
 from dejavu.engine.tokenizer import Tokenizer
 from dejavu.errors import CapacityError, CheckpointError, ConfigError
 from dejavu.kernels import backend as load_backend
@@ -184,10 +185,20 @@ class Engine:
         cache = self.decoder.new_cache(1, len(ids))
         return self.decoder.prefill(torch.tensor(ids), cache, all_logits=True, hooks=hooks).cpu()
 
-    def new_step(self, batch: int, capacity: int) -> DecodeStep:
-        """The engine's decode step over a cache of its own, of `batch` rows of `capacity` tokens."""
-        pending = self.selection.pending if self.selection and self.selection.kv == "lazy" else None
-        return DecodeStep(self.decoder, batch, capacity, self.mode, self._selector, pending)
+    def new_step(self, batch: int, capacity: int, *, crossover: bool = True) -> DecodeStep:
+        """The engine's decode step over a cache of its own, of `batch` rows of `capacity` tokens.
+
+        Args:
+            crossover: False obeys selections even where reading all would be faster; True leaves it to the selection.
+        """
+        pending, costs = None, None
+        if self.selection is not None:
+            pending = self.selection.pending if self.selection.kv == "lazy" else None
+            # A single row reads what was asked for, on every machine; what a union holds nobody asked for.
+            obey = not (crossover and self.selection.crossover and batch > 1)
+            if not obey and can_capture(self.decoder, self._selector):
+                costs = measure_costs(self.decoder, batch, pending, self._selector)
+        return DecodeStep(self.decoder, batch, capacity, self.mode, self._selector, pending, costs)
 
     def _run(self, prompts: list[list[int]], params: SamplingParams, started: float) -> Iterator[Chunk]:
         context = self._context

@@ -37,6 +37,8 @@ class Stats:
     step_bytes: dict[str, float] | None  # mean bytes read by a step, by part (engine.bytes.PARTS)
     mlp_density: tuple[float, ...] | None  # by layer: the fraction of the fc2 (down) rows that were read
     attn_density: tuple[float, ...] | None  # by layer: the fraction of the query heads that were read
+    # In mode sparse: layers whose heads, whose neurons came to be read whole, as selections did not pay there.
+    whole: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
     @property
     def mean_mlp_density(self) -> float | None:
@@ -149,6 +151,7 @@ class Batch:
             ),
             mlp_density=tuple((read[:, -1] / config.intermediate_size).tolist()),
             attn_density=tuple((heads / config.num_attention_heads).tolist()),
+            whole=self._step.whole,
         )
 
 

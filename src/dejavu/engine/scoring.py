@@ -135,7 +135,9 @@ class Scorer:
         step = self._step
         if step is None or step.cache.batch != rows or step.cache.capacity < longest:
             limit = self._engine.config.max_position_embeddings
-            self._step = step = self._engine.new_step(rows, min(limit, -(-longest // CAPACITY_STEP) * CAPACITY_STEP))
+            capacity = min(limit, -(-longest // CAPACITY_STEP) * CAPACITY_STEP)
+            # A score is that of the selections, on every machine.
+            self._step = step = self._engine.new_step(rows, capacity, crossover=False)
         step.reset_counts()
         out = [torch.empty(r.scored, self._vocabulary) for r in requests]
         for row, (r, logits) in enumerate(zip(requests, out, strict=True)):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dejavu.config import Mode
+from dejavu.engine.crossover import Costs
 from dejavu.kernels.reference import Selection
 from dejavu.model.decoder import Decoder
 from dejavu.selection import Selector
+from dejavu.selection.selector import Cuts, Part
+
+# Counts of so many steps, and of every doubling of them, decide which parts are read whole.
+FIRST_LOOK = 4
 
 
 class DecodeStep:
@@ -26,6 +31,8 @@ class DecodeStep:
         mode: what is read.
         selector: chooses in mode "sparse"; one that is not capturable runs between the kernels of every step.
         pending: tokens that may wait in a head, with lazy keys and values; None: not lazy.
+        costs: for this batch size, with a selector that is captured: a part whose selections were, after a few steps,
+            larger than pays is read whole from then on. None: selections are always obeyed.
     """
 
     def __init__(
@@ -36,8 +43,10 @@ class DecodeStep:
         mode: Mode,
         selector: Selector | None = None,
         pending: int | None = None,
+        costs: Costs | None = None,
     ):
-        self._decoder, self._mode = decoder, mode
+        self._decoder, self._mode, self._costs = decoder, mode, costs
+        self._whole: frozenset[Part] = frozenset()
         self.cache = decoder.new_cache(batch, capacity, pending)
         self._ids = torch.zeros(batch, dtype=torch.int32)
         self._positions = torch.zeros(batch, dtype=torch.int32)
@@ -48,15 +57,13 @@ class DecodeStep:
         L, kinds = decoder.config.num_hidden_layers, 3 if decoder.config.gated else 2
         self.rows_read = torch.zeros(L, kinds, dtype=torch.int64, device=decoder.device)
         self._steps = 0
-        self._selector = None if selector is None else _Watched(selector, L, decoder.device)
+        self._selector = None
+        if selector is not None:
+            self._selector = _Watched(selector, L, decoder.config.num_attention_heads, decoder.device)
         self._graph = None
-        if hasattr(decoder.ops, "capture") and (selector is None or selector.capturable):
-            with torch.inference_mode():
-                if decoder.device.type == "cuda":
-                    self._step()  # kernels are compiled at their first call, which cannot be captured
-                with decoder.ops.capture() as capture:
-                    self._logits = self._step()
-            self._graph = capture.graph
+        if can_capture(decoder, selector):
+            self._capture()
+        assert costs is None or self._graph is not None
 
     @property
     def lengths(self) -> list[int]:
@@ -67,10 +74,14 @@ class DecodeStep:
     def heads_read(self) -> Tensor:
         """Query heads read since the last reset, by layer: (L,) int64."""
         config = self._decoder.config
-        every = self._steps * config.num_attention_heads
         if self._selector is None:
-            return torch.full((config.num_hidden_layers,), every)
-        return self._selector.heads_read(every)
+            return torch.full((config.num_hidden_layers,), self._steps * config.num_attention_heads)
+        return self._selector.heads_read
+
+    @property
+    def whole(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The layers whose selections did not pay: of heads, of neurons."""
+        return tuple(tuple(sorted(layer for layer, p in self._whole if p == part)) for part in (0, 1))
 
     @property
     def predictor_bytes(self) -> int:
@@ -109,7 +120,47 @@ class DecodeStep:
         self._steps += 1
         if self._selector is not None and not self._selector.on_gpu:
             self._selector.count()
-        return logits.cpu()
+        logits = logits.cpu()
+        if self._costs is not None and self._steps >= FIRST_LOOK and self._steps & (self._steps - 1) == 0:
+            self._look()
+        return logits
+
+    def _capture(self) -> None:
+        with torch.inference_mode():
+            if self._decoder.device.type == "cuda":
+                # Kernels are compiled at their first call, which cannot be captured. It repeats the last step in place,
+                # to no effect but on counts.
+                counts = [self.rows_read] if self._selector is None else [self.rows_read, self._selector.totals]
+                before = [count.clone() for count in counts]
+                self._step()
+                for count, value in zip(counts, before, strict=True):
+                    count.copy_(value)
+            with self._decoder.ops.capture() as capture:
+                self._logits = self._step()
+        self._graph = capture.graph
+
+    def _look(self) -> None:
+        """Read whole what costs less so, by the mean of what was selected since the last reset.
+
+        There is no way back: what a part would select is no longer known.
+        """
+        c, cuts = self._decoder.config, self._selector.cuts
+        heads = (self.heads_read / (self._steps * c.num_attention_heads)).tolist()
+        rows = (self.rows_read.cpu() / (self._steps * c.intermediate_size)).tolist()
+        more = {
+            (layer, 0)
+            for layer, pair in enumerate(cuts)
+            if pair[0] is not None and self._costs.heads_dense(heads[layer])
+        } | {
+            (layer, 1)
+            for layer, pair in enumerate(cuts)
+            if pair[1] is not None
+            and self._costs.neurons_dense(rows[layer][0], sum(rows[layer][1:]) / (len(rows[layer]) - 1))
+        }
+        if more:
+            self._whole |= more
+            self._selector.read_whole(more)
+            self._capture()
 
     def _step(self) -> Tensor:
         logits = self._decoder.step(
@@ -120,22 +171,38 @@ class DecodeStep:
         return logits
 
 
+def can_capture(decoder: Decoder, selector: Selector | None) -> bool:
+    """Whether a step is recorded once and replayed."""
+    return hasattr(decoder.ops, "capture") and (selector is None or selector.capturable)
+
+
 class _Watched:
-    """A selector, and how many heads it has selected in each layer.
+    """A selector, and how many heads it has selected in each layer: `totals` (L,) int64.
 
     `count` adds a step's counts: on a GPU as part of the step, which thus never waits for the host; else after it,
     through numpy, as the tape of the CPU records no tensor ops.
     """
 
-    def __init__(self, selector: Selector, layers: int, device: torch.device):
-        self._selector, self.capturable = selector, selector.capturable
+    def __init__(self, selector: Selector, layers: int, heads: int, device: torch.device):
         self.on_gpu = device.type == "cuda"
+        self.totals = torch.zeros(layers, dtype=torch.int64, device=device)
+        self._every = torch.tensor([heads], dtype=torch.int32, device=device)
+        self._lead(selector)
+
+    def _lead(self, selector: Selector) -> None:
+        self._selector, self.capturable = selector, selector.capturable
         self.advance, self.begin, self.neurons = selector.advance, selector.begin, selector.neurons
         self.nbytes = getattr(selector, "nbytes", 0)
         # By layer that selects; captured counts are buffers that every replay renews.
         self._counts: dict[int, Tensor | np.ndarray] = {}
-        self._totals = torch.zeros(layers, dtype=torch.int64, device=device)
-        self._none = torch.zeros(1, dtype=torch.int32, device=device)
+
+    @property
+    def cuts(self) -> Cuts:
+        return self._selector.cuts
+
+    def read_whole(self, parts: Collection[Part]) -> None:
+        """Select no longer in these parts; a captured step is then to be captured anew."""
+        self._lead(self._selector.without(parts))
 
     def heads(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> Selection:
         selection = self._selector.heads(layer, y, attend)
@@ -145,17 +212,16 @@ class _Watched:
 
     def count(self) -> None:
         if self.on_gpu:
-            self._totals += torch.cat([self._counts.get(layer, self._none) for layer in range(len(self._totals))])
+            self.totals += torch.cat([self._counts.get(layer, self._every) for layer in range(len(self.totals))])
             return
-        totals = self._totals.numpy()
-        for layer, count in self._counts.items():
-            totals[layer] += count[0]
+        totals, every = self.totals.numpy(), int(self._every)
+        for layer in range(len(totals)):
+            totals[layer] += self._counts[layer][0] if layer in self._counts else every
 
     def reset(self) -> None:
-        self._totals.zero_()
+        self.totals.zero_()
 
-    def heads_read(self, every: int) -> Tensor:
-        """(L,) int64 on the CPU; `every` where all heads are read."""
-        totals = self._totals.cpu().clone()
-        totals[[layer for layer in range(len(totals)) if layer not in self._counts]] = every
-        return totals
+    @property
+    def heads_read(self) -> Tensor:
+        """(L,) int64 on the CPU."""
+        return self.totals.cpu().clone()

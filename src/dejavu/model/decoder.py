@@ -103,9 +103,9 @@ class Decoder:
         partials = bias = None
         for i, layer in enumerate(w.layers):
             y = self._norm(x, partials, bias, layer.attn_norm) if c.norm_before else x
-            attend = partial(self._attend, y, layer, positions, cache, i)
-            heads = None if selector is None else selector.heads(i, y, lambda attend=attend: attend(None, lazy=False))
-            partials = ops.attn_out(attend(heads, lazy=cache.hidden is not None), layer.attn.blocks, heads)
+            every = partial(self._attend, y, layer, positions, cache, i, None, lazy=False)
+            heads = None if selector is None else selector.heads(i, y, every)
+            partials = self.attention_block(y, layer, positions, cache, i, heads)
             y = self._norm(x, partials, layer.attn.out_bias, layer.mlp_norm if c.norm_before else layer.attn_norm)
             neurons = None if selector is None else selector.neurons(i, y)
             partials, bias = (
@@ -128,6 +128,18 @@ class Decoder:
         if w.project_out is not None:
             y = ops.linear(y, w.project_out)
         return ops.linear(y, w.head)
+
+    def attention_block(
+        self, y: Tensor, layer: Layer, positions: Tensor, cache: KVCache, i: int, heads: Selection
+    ) -> Tensor:
+        """Attention of one decode step in layer `i`, as `step` calls it: partial sums (S, B, C) of its output.
+
+        Args:
+            y: (B, C) float32, the normalised input.
+            heads: the query heads that are read.
+        """
+        o = self._attend(y, layer, positions, cache, i, heads, lazy=cache.hidden is not None)
+        return self.ops.attn_out(o, layer.attn.blocks, heads)
 
     def _attend(
         self, y: Tensor, layer: Layer, positions: Tensor, cache: KVCache, i: int, heads: Selection, *, lazy: bool

@@ -44,10 +44,10 @@ class _Buffers(ScoreSelector):
         return None if self.cuts[layer][1] is None else self.scores(layer, 1, len(y))
 
     def heads(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> Selection:
-        return self._buffers[layer][0]
+        return None if self.cuts[layer][0] is None else self._buffers[layer][0]
 
     def neurons(self, layer: int, y: Tensor) -> Selection:
-        return self._buffers[layer][1]
+        return None if self.cuts[layer][1] is None else self._buffers[layer][1]
 
     def _draw(self, layer: int, part: int) -> Selection:
         return fixed_selection(self.cuts[layer][part].mask(self.scores(layer, part, 1))[0].nonzero().flatten())
@@ -81,5 +81,5 @@ class RandomSelector(_Buffers):
     def advance(self) -> None:
         for layer, pair in enumerate(self._buffers):
             for part, selection in enumerate(pair):
-                if selection is not None:
+                if self.cuts[layer][part] is not None:
                     selection[0].copy_(self._draw(layer, part)[0])

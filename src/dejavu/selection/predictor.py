@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Self
 
 from torch import Tensor
 
 from dejavu.config import ModelConfig
 from dejavu.kernels import beside
 from dejavu.kernels.reference import Selection
-from dejavu.selection.selector import Cuts, ScoreSelector
+from dejavu.selection.selector import Cuts, Part, ScoreSelector
 
 # Blocks are numbered through the model: 2 * layer is its attention, 2 * layer + 1 its MLP.
 HEADS, NEURONS = 0, 1
@@ -74,14 +75,22 @@ class PredictorSelector(ScoreSelector):
         ops: ModuleType,
     ):
         super().__init__(cuts, ops)
-        self._predictors = predictors
+        self._predictors, self._lookahead, self._blocks = predictors, lookahead, 2 * config.num_hidden_layers
+        self._plan()
+
+    def _plan(self) -> None:
         # Of each block whose input is read: the blocks that are predicted from it.
         self._targets: dict[int, list[int]] = {}
-        for block in range(2 * config.num_hidden_layers):
+        for block in range(self._blocks):
             if self.cuts[block // 2][block % 2] is not None:
-                self._targets.setdefault(lookahead.source(block), []).append(block)
+                self._targets.setdefault(self._lookahead.source(block), []).append(block)
         self._scores: dict[int, Tensor] = {}
         self._pending: dict[int, Callable[[], tuple[Tensor, Tensor]]] = {}
+
+    def without(self, parts: Collection[Part]) -> Self:
+        other = super().without(parts)
+        other._plan()
+        return other
 
     def head_scores(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> Tensor | None:
         return self._score(2 * layer + HEADS, y)

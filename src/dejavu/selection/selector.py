@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from copy import copy
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Protocol
+from typing import Protocol, Self
 
 from torch import Tensor
 
 from dejavu.kernels.reference import Selection
+
+Cuts = Sequence[tuple["Cut | None", "Cut | None"]]
+
+# A part of the model that is read by selection or whole: a layer, and 0 for its heads or 1 for its neurons.
+Part = tuple[int, int]
 
 
 class Selector(Protocol):
@@ -24,6 +30,7 @@ class Selector(Protocol):
     """
 
     capturable: bool
+    cuts: Cuts  # None: the part is read whole, and nothing is selected
 
     def advance(self) -> None:
         """Prepare the next step. Called on the host, before the step runs or is replayed."""
@@ -42,6 +49,9 @@ class Selector(Protocol):
 
     def neurons(self, layer: int, y: Tensor) -> Selection:
         """The neurons that a layer reads; None for all. y: (B, C) float32, the normalised input of the layer's MLP."""
+
+    def without(self, parts: Collection[Part]) -> Self:
+        """The same selector with these parts read whole, and nothing spent on choosing for them."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +83,6 @@ class Cut:
         return above | (ties & (ties.cumsum(1) <= self.k - above.sum(1, keepdim=True)))
 
 
-Cuts = Sequence[tuple[Cut | None, Cut | None]]
-
-
 class ScoreSelector:
     """Scores every unit of a layer and keeps what a cut leaves.
 
@@ -91,6 +98,14 @@ class ScoreSelector:
 
     def __init__(self, cuts: Cuts, ops: ModuleType):
         self.cuts, self._ops = list(cuts), ops
+
+    def without(self, parts: Collection[Part]) -> Self:
+        other = copy(self)
+        other.cuts = [
+            tuple(None if (layer, part) in parts else cut for part, cut in enumerate(pair))
+            for layer, pair in enumerate(self.cuts)
+        ]
+        return other
 
     def advance(self) -> None:
         """Most policies look at nothing but the step itself."""

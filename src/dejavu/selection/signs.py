@@ -30,7 +30,7 @@ class SignsSelector(ScoreSelector):
         return None
 
     def neuron_scores(self, layer: int, y: Tensor) -> Tensor | None:
-        if self._rows[layer] is None:
+        if self.cuts[layer][1] is None:
             return None
         rows, bias = self._rows[layer]
         return self._ops.linear(y, rows, bias)

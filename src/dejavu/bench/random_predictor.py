@@ -1,0 +1,62 @@
+"""Predictors of random weights: what looking ahead costs, not how well it sees."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from dejavu.bench.shapes import fill_noise, fill_quantized
+from dejavu.config import ModelConfig, SelectionConfig
+from dejavu.kernels.quantized import Quantized, RowFormat, Weight
+from dejavu.selection import Cut
+from dejavu.selection.predictor import Lookahead, Predictor, PredictorSelector
+
+
+def predictor_rank(config: ModelConfig) -> int:
+    """Of the neurons' predictors: they are then about 6 % of what a step reads at the paper's densities."""
+    return max(32, config.hidden_size // 32)
+
+
+def random_predictor(
+    config: ModelConfig,
+    ops: ModuleType,
+    selection: SelectionConfig,
+    dtype: torch.dtype = torch.bfloat16,
+    quantized: RowFormat | None = None,
+) -> PredictorSelector:
+    """Low-rank scores of neurons and linear scores of heads, each a block ahead, in which every token keeps the best:
+    so that a single token's densities are those asked for. Rows of a batch have different hidden states, and so sets.
+
+    Args:
+        ops: the kernel backend, whose `empty` allocates.
+        selection: its densities alone count.
+        dtype, quantized: of the predictors' matrices; a format goes before the dtype.
+    Raises: ConfigError for densities that don't fit the model.
+    """
+    C, rank = config.hidden_size, predictor_rank(config)
+    predictors, cuts = {}, []
+
+    def matrix(rows: int, width: int) -> Weight:
+        return _random((rows, width), ops, dtype, quantized)
+
+    for layer in range(config.num_hidden_layers):
+        totals = config.num_attention_heads, config.intermediate_size
+        kept = selection.counts(layer, config)
+        cuts.append(tuple(Cut(k) if k < n else None for k, n in zip(kept, totals, strict=True)))
+        for part, (units, cut) in enumerate(zip(totals, cuts[-1], strict=True)):
+            if cut is not None:
+                down, up = (None, matrix(units, C)) if part == 0 else (matrix(rank, C), matrix(units, rank))
+                bias = ops.empty((units,), torch.float32).zero_()
+                predictors[2 * layer + part] = Predictor(down, up, bias)
+    return PredictorSelector(predictors, Lookahead(), cuts, config, ops)
+
+
+def _random(shape: tuple[int, int], ops: ModuleType, dtype: torch.dtype, form: RowFormat | None) -> Weight:
+    if form is not None:
+        weight = Quantized(ops.empty((shape[0], form.row_bytes(shape[1])), torch.uint8), shape[1], form)
+        fill_quantized(weight, shape[1] ** -0.5)
+    else:
+        weight = ops.empty(shape, dtype)
+        fill_noise([(weight, shape[1] ** -0.5)], seed=shape[0])
+    return weight
