@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dejavu.cli.options import Backend, Crossover, Json, Threads
+from dejavu.cli.options import Backend, Json, Threads
 from dejavu.config import SelectionConfig
 from dejavu.errors import ConfigError
 
@@ -31,7 +31,9 @@ def bench(
     mlp_density: Annotated[list[float] | None, typer.Option(help="Of mode sparse. [default: 0.1]")] = None,
     attn_density: Annotated[list[float] | None, typer.Option(help="Of mode sparse. [default: 1]")] = None,
     kv: Annotated[str, typer.Option(help="Of mode sparse: full, or lazy.")] = DEFAULT.kv,
-    crossover: Crossover = DEFAULT.crossover,
+    crossover: Annotated[
+        bool, typer.Option("--crossover/--no-crossover", help="Read whole what that was measured to make faster.")
+    ] = DEFAULT.crossover,
     dtype: Annotated[str, typer.Option(help="Of the weights where --weights is not given: bf16 or fp32.")] = "bf16",
     weights: Annotated[list[str] | None, typer.Option(help="Formats of our weights. [default: --dtype]")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Rows. [default: 1]")] = None,
