@@ -33,7 +33,9 @@ def test_text_is_the_reference_backends(tiny_checkpoint, mode):
 def test_sparse_text_is_the_reference_backends(tiny_checkpoint, policy, kv):
     if (policy, kv) == ("oracle", "lazy"):
         pytest.skip("the oracle computes every head before it chooses")
-    folder, selection = tiny_checkpoint(), dejavu.SelectionConfig(policy, 0.4, 0.5, kv=kv, pending=4, seed=3)
+    folder = tiny_checkpoint()
+    # What is read whole depends on the machine's speed, and the reference backend measures none.
+    selection = dejavu.SelectionConfig(policy, 0.4, 0.5, kv=kv, pending=4, seed=3, crossover=False)
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
     texts = []
     for backend in ("triton", "reference"):
