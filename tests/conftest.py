@@ -1,7 +1,12 @@
 """Fixtures that every test may use: tiny random checkpoints, as Hugging Face itself saves them."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+
+# Threads that spin at barriers make a busy machine many times slower: loading int4 took 45 s instead of 5 s on two
+# cores under load 6. OpenMP reads this when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
