@@ -100,6 +100,7 @@ def test_sparse_graph_equals_eager_bit_for_bit_with_lookahead_beside(tiny_checkp
 
 def test_what_selections_do_not_pay_for_is_read_whole(tiny_checkpoint):
     """Captured anew in the middle of a text: counts go on, and the text is that of the CPU's kernels."""
+    pytest.importorskip("dejavu.kernels.cpu._native", exc_type=ImportError)
     folder, selection = tiny_checkpoint(), dejavu.SelectionConfig("random", 0.4, 0.5, kv="lazy", pending=4, seed=3)
     never = Costs((9.0, 0.0), 1.0, (9.0, 0.0, 0.0), (1.0, 0.0))
     logits = []
