@@ -26,7 +26,8 @@ def random_predictor(
     quantized: RowFormat | None = None,
 ) -> PredictorSelector:
     """Low-rank scores of neurons and linear scores of heads, each a block ahead, in which every token keeps the best:
-    so that a single token's densities are those asked for. Rows of a batch have different hidden states, and so sets.
+    so that a single token's densities are those asked for. In random models the rows of a batch have hidden states that
+    are much alike, so their union is smaller than that of independent rows (settings.fixed_sets).
 
     Args:
         ops: the kernel backend, whose `empty` allocates.
