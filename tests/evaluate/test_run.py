@@ -197,6 +197,8 @@ def test_compare_from_the_command_line(data, tmp_path):
     (("eval", "--tasks", "piqa", "--data-dir", "DATA", "--limit", "0"), "limit must be"),
     (("eval", "--tasks", "prose", "--data-dir", "DATA", "--stride", "2000"), "stride 2000"),
     (("eval", "--tasks", "prose", "--data-dir", "DATA", "--path", "magic"), "path 'magic'"),
+    (("eval", "--tasks", "prose", "--data-dir", "DATA", "--text", "prose.txt"), "has the same name, 'prose'"),
+    (("eval", "--tasks", "piqa", "--data-dir", "DATA", "--text", "piqa.txt"), "there is a task 'piqa' already"),
     (("compare", "fast", "--text", "x"), "'fast' is neither a mode"),
     (("compare", "dense", "dense", "--text", "x"), "given twice"),
 ])  # fmt: skip

@@ -34,7 +34,7 @@ class Dejavu:
         batch: rows. With more than one, `prefill` takes a prompt for each row, and `step` a token, and both return
             a list.
         selector, pending: as DecodeStep takes them.
-        crossover: with a selector that is captured: read whole what that was measured to make faster.
+        crossover: in a batch, with a selector that is captured: read whole what that was measured to make faster.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Dejavu:
     ):
         self._decoder, self._batch, self._lazy = decoder, batch, pending is not None
         costs = None
-        if crossover and selector is not None and can_capture(decoder, selector):
+        if crossover and batch > 1 and selector is not None and can_capture(decoder, selector):
             costs = measure_costs(decoder, batch, pending, selector)
         self._step = DecodeStep(decoder, batch, capacity, mode, selector, pending, costs)
         self._choose = Sampler(SamplingParams(), (), decoder.config.vocab_size)

@@ -13,7 +13,7 @@ from dejavu.config import SelectionConfig
 from dejavu.engine.engine import Engine
 from dejavu.engine.scoring import Path, Request
 from dejavu.errors import ConfigError
-from dejavu.evaluate.scores import Score, Scores
+from dejavu.evaluate.scores import Scores
 
 MAX_NEW_TOKENS = 256  # where a task names no limit; the harness's own default
 
@@ -125,33 +125,29 @@ class HarnessModel(TemplateLM):
 
 
 class Collect(HarnessModel):
-    """Computes nothing and remembers what is asked: `requests`, and whether any task generates."""
+    """Computes nothing and remembers the `requests` for scores that are made."""
 
     def __init__(self, engine: Engine):
         super().__init__(engine)
         self.requests: list[Request] = []
-        self.generates = False
 
     def answer(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
         self.requests += requests
         return [(0.0, False)] * len(requests)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        self.generates = True
         return [""] * len(requests)
 
 
 class FromScores(HarnessModel):
-    """Answers from a table; `scores` holds what was used of it, `used` its requests."""
+    """Answers from a table of scores; what is generated is generated when it is asked for."""
 
     def __init__(self, engine: Engine, table: Scores, setting: str):
         super().__init__(engine)
         self._table, self._setting = table, setting
-        self.used: dict[Request, Score] = {}
 
     def answer(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
         scores = [self._table.of(self._setting, r) for r in requests]
-        self.used.update(zip(requests, scores, strict=True))
         return [(s.logprob, s.greedy) for s in scores]
 
 

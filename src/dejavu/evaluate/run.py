@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, suppress
 from math import isfinite
 from pathlib import Path
 from statistics import median
@@ -76,7 +77,10 @@ class Evaluation:
         self.tasks: dict[str, Task] = {}
         self.texts: dict[str, TextTask] = {}
         self.empty: dict[str, int] = {}
-        sources = {Path(text).name.split(".")[0]: text for text in texts}
+        self._asked: list[Request] | None = None
+        sources: dict[str, str] = {}
+        for text in texts:
+            _add(sources, Path(text).name.split(".")[0], text)
         names = list(tasks)
         if data_dir is not None and names:
             files = local_names(data_dir)
@@ -84,11 +88,13 @@ class Evaluation:
                 if files[name].name.endswith(TASK_SUFFIXES):
                     self._add_local(name, files[name])
                 else:
-                    sources[name] = str(files[name])
+                    _add(sources, name, str(files[name]))
         elif names:
             self._need_harness()
             self.tasks = hub_tasks(names, num_fewshot)
         for name, source in sources.items():
+            if name in self.tasks:
+                raise ConfigError(f"{source}: there is a task {name!r} already; rename the text")
             self.texts[name] = text_task(name, source, engine, window, stride, limit, text_tokens)
 
     def run(
@@ -141,15 +147,16 @@ class Evaluation:
         return result
 
     def _requests(self) -> list[Request]:
-        if not hasattr(self, "_all"):
-            self._all = [r for task in self.texts.values() for r in task.windows]
+        """Of all texts and tasks; the harness is asked once."""
+        if self._asked is None:
+            self._asked = [r for task in self.texts.values() for r in task.windows]
             if self.tasks:
                 from dejavu.evaluate.harness import Collect
 
-                asked = Collect(self._engine)
-                self._evaluate(asked)
-                self._all += asked.requests
-        return self._all
+                collect = Collect(self._engine)
+                self._evaluate(collect)
+                self._asked += collect.requests
+        return self._asked
 
     def _add_local(self, name: str, file: Path) -> None:
         self._need_harness()
@@ -254,6 +261,12 @@ def time_decode(engines: Mapping[str, Engine], requests: Sequence[Request]) -> d
     return out
 
 
+def _add(sources: dict[str, str], name: str, source: str) -> None:
+    if name in sources:
+        raise ConfigError(f"{source}: {sources[name]} has the same name, {name!r}; rename one")
+    sources[name] = source
+
+
 def _open(output: Path | None, overwrite: bool) -> Path | None:
     """The file of scores in the output folder, which is made; a folder of something else is refused."""
     if output is None:
@@ -271,12 +284,11 @@ def _open(output: Path | None, overwrite: bool) -> Path | None:
     return file
 
 
-def _silence():
+@contextmanager
+def _silence() -> Iterator[None]:
     """Keeps the harness's progress bars off the terminal."""
-    import os
-    from contextlib import redirect_stderr
-
-    return redirect_stderr(open(os.devnull, "w"))
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+        yield
 
 
 def _by_document(samples: list[dict]) -> list[dict]:

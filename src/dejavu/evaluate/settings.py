@@ -68,7 +68,9 @@ def parse_setting(text: str) -> Setting:
     return Setting(text, mode, selection, parts.get("weights"))
 
 
-def make_engines(settings: Sequence[Setting], load: Callable[[str | None], Engine], calibration: str | None = None):
+def make_engines(
+    settings: Sequence[Setting], load: Callable[[str | None], Engine], calibration: str | None = None
+) -> dict[str, Engine]:
     """An engine for each setting, by name; those of one weight format share the weights.
 
     Args:
