@@ -111,12 +111,12 @@ def test_layers_past_the_crossover_are_shown(subject, monkeypatch):
 
     neurons_never_pay = Costs((0, 1), 2, (9, 1, 1), (1, 1))
     monkeypatch.setattr(decode, "measure_costs", lambda *args: neurons_never_pay)
-    setting = Setting("sparse", replace(SPARSE, crossover=True), prompt=4)
-    fields = measure(subject, backend("cpu"), [setting], new_tokens=2, repeat=1)
-    (r,) = fields["results"].values()
-    assert r["whole"] == ((), (0, 1))
+    # A single row obeys its selection whatever it costs.
+    chosen = [Setting("sparse", replace(SPARSE, crossover=True), batch=batch, prompt=4) for batch in (1, 2)]
+    fields = measure(subject, backend("cpu"), chosen, new_tokens=2, repeat=1)
+    assert [r["whole"] for r in fields["results"].values()] == [((), ()), ((), (0, 1))]
     cells = [list(column.cells) for column in report.tables(fields, "tiny")[0].columns]
-    assert cells[-1] == ["2/0"]
+    assert cells[-1] == ["0/0", "2/0"]
 
 
 def test_bad_settings_are_named(subject):
