@@ -10,7 +10,7 @@ demo: .venv/ready
 	$(BIN)/dejavu demo
 
 test: .venv/ready
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 
 #include "rows.h"
 #include "quantized.h"
+#include "select.h"
 
 // Neurons that one pass of the MLP holds: their rows in the caches, their activations in L1.
 constexpr int64_t kBlock = 32;
@@ -341,6 +342,8 @@ inline const Kernels& table(const char* name) {
       {attend<float>, attend<uint16_t>},
       {attn_out<F32>, attn_out<Bf16>, attn_out<Int8>, attn_out<Int4<false>>, attn_out<Int4<true>>, nullptr},
       {mlp<F32>, mlp<Bf16>, mlp<Int8>, mlp<Int4<false>>, mlp<Int4<true>>, nullptr},
+      select_cut,
+      select,
       read_memory,
   };
   return kernels;

@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -17,7 +18,6 @@
 #include "memory.h"
 #include "ops.h"
 #include "pool.h"
-#include "select.h"
 
 namespace nb = nanobind;
 using nb::literals::operator""_a;
@@ -86,7 +86,9 @@ template <class Args>
 struct KernelNode final : Pool::Node {
   Args args;
   void (*kernel)(const Args&, int64_t);
-  KernelNode(const Args& a, void (*k)(const Args&, int64_t)) : args(a), kernel(k) {}
+  const char* op;
+  KernelNode(const Args& a, void (*k)(const Args&, int64_t), const char* name) : args(a), kernel(k), op(name) {}
+  const char* name() const override { return op; }
   int64_t units() const override { return dejavu::units(args); }
   void run(int64_t unit) const override { kernel(args, unit); }
 };
@@ -97,6 +99,7 @@ struct KernelNode final : Pool::Node {
 struct PlanNode final : Pool::Node {
   QkvArgs args;
   explicit PlanNode(const QkvArgs& a) : args(a) {}
+  const char* name() const override { return "attn_qkv plan"; }
   int64_t units() const override { return 1; }
   void run(int64_t) const override {
     const QkvArgs& a = args;
@@ -139,10 +142,25 @@ class Tape {
 
   size_t size() const { return order_.size(); }
 
+  // Replays once and tells each node's op and seconds, in order.
+  std::vector<std::pair<std::string, double>> replay_timed() {
+    const std::shared_ptr<Pool> threads = pool;
+    std::vector<Pool::Clock::time_point> began(order_.size() + 1);
+    {
+      nb::gil_scoped_release release;
+      threads->run(order_.data(), order_.size(), began.data());
+      began.back() = Pool::Clock::now();
+    }
+    std::vector<std::pair<std::string, double>> out;
+    for (size_t i = 0; i < order_.size(); ++i)
+      out.emplace_back(order_[i]->name(), std::chrono::duration<double>(began[i + 1] - began[i]).count());
+    return out;
+  }
+
   void embed(const Array& ids, const Weights& table, const Array& out, int64_t offset, bool add) {
     const int64_t batch = ids.shape(0);
     require(out.ndim() == 2 && int64_t(out.shape(0)) == batch && int64_t(out.shape(1)) == table.width, "embed: shapes");
-    push(EmbedArgs{ints(ids), rows(table), floats(out), batch, offset, add}, kernels->embed[int(table.format)]);
+    push(EmbedArgs{ints(ids), rows(table), floats(out), batch, offset, add}, kernels->embed[int(table.format)], "embed");
   }
 
   void add_norm(const Array& x, const MaybeArray& partials, const MaybeArray& partial_bias, const MaybeArray& weight,
@@ -152,11 +170,11 @@ class Tape {
       require(int64_t(partials->shape(1)) == batch && int64_t(partials->shape(2)) == width, "add_norm: shapes");
       push(ReduceArgs{floats(x), floats(*partials), floats(partial_bias, width), int64_t(partials->shape(0)), batch,
                       width},
-           kernels->reduce);
+           kernels->reduce, "add");
     }
     NormArgs a{floats(x), floats(weight, width), floats(bias, width), floats(y), batch, width, NormKind(kind), eps};
     if (a.kind == NormKind::none) a.weight = a.bias = nullptr;
-    push(a, kernels->norm);
+    push(a, kernels->norm, "norm");
   }
 
   void linear(const Array& x, const Weights& weight, const MaybeArray& bias, const Array& out) {
@@ -167,7 +185,7 @@ class Tape {
     const int64_t streams = weight.format >= Format::int8 ? 8 : 4;
     const int64_t per_unit = ceil_div(std::max<int64_t>(1, 65536 / weight.row_bytes()), streams) * streams;
     push(LinearArgs{floats(x), rows(weight), floats(bias, count), floats(out), batch, count, per_unit},
-         kernels->linear[int(weight.format)]);
+         kernels->linear[int(weight.format)], "linear");
   }
 
   void attn_qkv(const Array& x, const Weights& blocks, const MaybeArray& bias, const MaybeArray& cos_sin,
@@ -201,7 +219,7 @@ class Tape {
       a.plan = ints(*plan);
       own(std::make_unique<PlanNode>(a));
     }
-    push(a, kernels->qkv[int(blocks.format)]);
+    push(a, kernels->qkv[int(blocks.format)], "attn_qkv");
   }
 
   void attend(const Array& q, const Array& k_cache, const Array& v_cache, const Array& positions,
@@ -212,7 +230,7 @@ class Tape {
     a.head_dim = q.shape(2), a.capacity = k_cache.shape(2), a.window = window, a.scale = scale;
     a.q = floats(q), a.k_cache = raw(k_cache), a.v_cache = raw(v_cache), a.positions = ints(positions);
     a.out = floats(out), a.heads = selection(head_idx, head_count);
-    push(a, kernels->attend[int(float_type(k_cache))]);
+    push(a, kernels->attend[int(float_type(k_cache))], "attend");
   }
 
   void attn_out(const Array& o, const Weights& blocks, const MaybeArray& head_idx, const MaybeArray& head_count,
@@ -224,7 +242,7 @@ class Tape {
                 int64_t(partials.shape(2)) == blocks.width,
             "attn_out: shapes");
     a.o = floats(o), a.blocks = rows(blocks), a.partials = floats(partials), a.heads = selection(head_idx, head_count);
-    push(a, kernels->attn_out[int(blocks.format)]);
+    push(a, kernels->attn_out[int(blocks.format)], "attn_out");
   }
 
   void mlp(const Array& x, const Weights& weights, const MaybeArray& bias, const MaybeArray& neuron_idx,
@@ -241,7 +259,7 @@ class Tape {
       a.rows_read = static_cast<int64_t*>(raw(*rows_read));
     }
     a.act = Act(act), a.threshold = threshold, a.activate_up = activate_up, a.exact = exact;
-    push(a, kernels->mlp[int(weights.format)]);
+    push(a, kernels->mlp[int(weights.format)], "mlp");
   }
 
   // k > 0: the k best of each row of the batch; k = 0: what reaches the threshold in any row.
@@ -253,9 +271,9 @@ class Tape {
       require(a.capacity >= std::min(a.total, a.batch * a.k), "select: the index buffer is too small for the union");
       cuts_.push_back(std::make_unique<Cut[]>(a.batch));
       a.cuts = cuts_.back().get();
-      own(std::make_unique<CutNode>(a));
+      push(CutArgs{a}, kernels->select_cut, "select");
     }
-    own(std::make_unique<CompactNode>(a));
+    push(a, kernels->select, "select");
   }
 
  private:
@@ -286,9 +304,9 @@ class Tape {
     nodes_.push_back(std::move(node));
   }
   template <class Args>
-  void push(const Args& args, void (*kernel)(const Args&, int64_t)) {
+  void push(const Args& args, void (*kernel)(const Args&, int64_t), const char* op) {
     require(kernel != nullptr, "this op does not exist for weights of this format");
-    own(std::make_unique<KernelNode<Args>>(args, kernel));
+    own(std::make_unique<KernelNode<Args>>(args, kernel, op));
   }
 
   std::vector<std::unique_ptr<Pool::Node>> nodes_;
@@ -322,7 +340,7 @@ double read_bandwidth(size_t bytes, int repeats) {
   std::memset(data, 1, bytes + kUnit);
   std::vector<float> sink(bytes / kUnit);
   const ReadArgs args{data, static_cast<int64_t>(bytes), kUnit, sink.data()};
-  const KernelNode<ReadArgs> node(args, kernels->read);
+  const KernelNode<ReadArgs> node(args, kernels->read, "read");
   const Pool::Node* order[] = {&node};
   double best = 0;
   for (int i = 0; i < repeats; ++i) {
@@ -368,6 +386,7 @@ NB_MODULE(_native, m) {
   nb::class_<Tape>(m, "Tape")
       .def(nb::init<>())
       .def("replay", &Tape::replay)
+      .def("replay_timed", &Tape::replay_timed)
       .def("__len__", &Tape::size)
       .def("embed", &Tape::embed)
       .def("add_norm", &Tape::add_norm)

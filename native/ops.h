@@ -116,6 +116,22 @@ struct MlpArgs {
   bool activate_up, exact;
 };
 
+// What the k largest of n scores are: those whose `key` is above, and the first `ties` whose key equals it.
+struct Cut {
+  uint32_t key = 0;
+  int64_t ties = 0;
+};
+
+struct SelectArgs {
+  const float* scores;  // (B, N)
+  int32_t* idx;         // (capacity,)
+  int32_t* count;       // (1,)
+  Cut* cuts;            // (B,), for top-k
+  int64_t batch, total, capacity, k;  // k = 0: by threshold
+  float threshold;
+};
+struct CutArgs : SelectArgs {};
+
 struct ReadArgs {
   const char* data;
   int64_t bytes, bytes_per_unit;
@@ -133,6 +149,8 @@ struct Kernels {
   void (*attend[kDTypes])(const AttendArgs&, int64_t unit);
   void (*attn_out[kFormats])(const AttnOutArgs&, int64_t unit);
   void (*mlp[kFormats])(const MlpArgs&, int64_t unit);
+  void (*select_cut)(const CutArgs&, int64_t unit);
+  void (*select)(const SelectArgs&, int64_t unit);
   void (*read)(const ReadArgs&, int64_t unit);
 };
 
@@ -150,6 +168,8 @@ inline int64_t units(const QkvArgs& a) {
 inline int64_t units(const AttendArgs& a) { return a.batch * a.groups; }
 inline int64_t units(const AttnOutArgs& a) { return a.slices; }
 inline int64_t units(const MlpArgs& a) { return a.slices; }
+inline int64_t units(const CutArgs& a) { return a.batch; }
+inline int64_t units(const SelectArgs&) { return 1; }
 inline int64_t units(const ReadArgs& a) { return ceil_div(a.bytes, a.bytes_per_unit); }
 
 // Instruction sets, best first; null where this build or this machine lacks one.

@@ -1,7 +1,5 @@
 #include "pool.h"
 
-#include <chrono>
-
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 #endif
@@ -47,10 +45,11 @@ Pool::~Pool() {
   for (auto& worker : workers_) worker.join();
 }
 
-void Pool::run(const Node* const* nodes, size_t count) {
+void Pool::run(const Node* const* nodes, size_t count, Clock::time_point* began) {
   std::lock_guard call(calls_);
   nodes_ = nodes;
   count_ = count;
+  began_ = began;
   open_node(0);
   {
     // The lock closes the gap between a worker's last look at job_ and its sleep.
@@ -66,12 +65,12 @@ void Pool::run(const Node* const* nodes, size_t count) {
 
 void Pool::work() {
   for (uint64_t seen = 0;;) {
-    const auto until = std::chrono::steady_clock::now() + kIdleSpin;
+    const auto until = Clock::now() + kIdleSpin;
     uint64_t job;
     auto called = [&] { return ((job = job_.load()) % 2 == 1 && job != seen) || stop_; };
     while (!called()) {
       for (int i = 0; i < 64; ++i) pause();
-      if (std::chrono::steady_clock::now() < until) continue;
+      if (Clock::now() < until) continue;
       std::unique_lock lock(sleep_);
       wake_.wait(lock, called);
     }
@@ -105,7 +104,8 @@ void Pool::run_share() {
 }
 
 void Pool::open_node(uint64_t node) {
-  while (node < count_ && nodes_[node]->units() == 0) ++node;
+  while (node < count_ && nodes_[node]->units() == 0) mark(node++);
+  if (node < count_) mark(node);
   done_.store(0, std::memory_order_relaxed);
   ticket_.store(node << 32, std::memory_order_release);
 }

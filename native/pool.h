@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
@@ -28,22 +29,30 @@ class Pool {
   struct Node {
     virtual ~Node() = default;
     virtual int64_t units() const = 0;
+    virtual const char* name() const = 0;
     virtual void run(int64_t unit) const = 0;
   };
 
+  using Clock = std::chrono::steady_clock;
+
   // Runs nodes one after the other, each with all threads. Returns when all are done. One call at a time.
-  void run(const Node* const* nodes, size_t count);
+  // `began`, if given, receives when each node began: (count,).
+  void run(const Node* const* nodes, size_t count, Clock::time_point* began = nullptr);
 
  private:
   void work();
   void run_share();
   void open_node(uint64_t node);
+  void mark(uint64_t node) const {
+    if (began_) began_[node] = Clock::now();
+  }
 
   std::vector<std::thread> workers_;
   std::mutex calls_, sleep_;
   std::condition_variable wake_;
   const Node* const* nodes_ = nullptr;
   size_t count_ = 0;
+  Clock::time_point* began_ = nullptr;
   std::atomic<bool> stop_{false};
   // Even while there is nothing to do, odd while a run is open to workers.
   alignas(64) std::atomic<uint64_t> job_{0};
