@@ -103,8 +103,9 @@ void linear(const LinearArgs& a, int64_t unit) {
   // Then the next unit's: likely this thread's, and in the shared cache if not.
   for (int64_t k = 0; k < S; ++k) rows[count + k] = row(first + count + spread(k, a.rows_per_unit, S));
   float* out = scratch<float, 3>(count * a.batch);
-  const float* const* x = pointers<1>(a.x, a.batch, a.weight.width);
-  dot_rows(F(a.weight), rows, count, count + S, x, a.batch, out, a.batch, 1);
+  const F format(a.weight);
+  const typename F::Inputs x(format, pointers<1>(a.x, a.batch, a.weight.width), a.batch);
+  dot_rows(format, rows, count, count + S, x, a.batch, out, a.batch, 1);
   for (int64_t i = 0; i < count; ++i)
     for (int64_t b = 0, n = first + spread(i, count, S); b < a.batch; ++b)
       a.out[b * a.rows + n] = out[i * a.batch + b] + (a.bias ? a.bias[n] : 0.0f);
@@ -145,7 +146,8 @@ void qkv(const QkvArgs& a, int64_t unit) {
   }
   float* out = scratch<float, 3>(2 * count * tokens);
   float* in_order = out + count * tokens;
-  dot_rows(F(a.blocks), rows, count, count, x, tokens, out, tokens, 1);
+  const F format(a.blocks);
+  dot_rows(format, rows, count, count, typename F::Inputs(format, x, tokens), tokens, out, tokens, 1);
   for (int64_t k = 0; k < count; ++k) std::copy_n(out + k * tokens, tokens, in_order + spread(k, count, S) * tokens);
 
   for (int64_t t = 0; t < tokens; ++t) {
@@ -197,7 +199,8 @@ void attend(const AttendArgs& a, int64_t unit) {
     rows[s] = static_cast<const T*>(a.k_cache) + at + s * D;
     rows[n + s] = static_cast<const T*>(a.v_cache) + at + s * D;
   }
-  dot_rows(Plain<T>(D), rows, n, 2 * n, q, heads, scores, 1, n);
+  const Plain<T> format(D);
+  dot_rows(format, rows, n, 2 * n, FloatInputs(format, q, heads), heads, scores, 1, n);
 
   const Vec scale = set1(a.scale);
   for (int64_t h = 0; h < heads; ++h) {
@@ -213,7 +216,7 @@ void attend(const AttendArgs& a, int64_t unit) {
     for_vecs(n, [&](int64_t i, int64_t m) { store(p + i, mul(load(p + i, m), inverse), m); });
     std::fill_n(out[h], D, 0.0f);
   }
-  axpy_rows(Plain<T>(D), rows + n, n, n, scores, 1, n, out, heads);
+  axpy_rows(format, rows + n, n, n, scores, 1, n, out, heads);
 }
 
 template <class F>
@@ -253,7 +256,7 @@ void mlp(const MlpArgs& a, int64_t slice) {
   std::fill_n(part, B * C, 0.0f);
   float** out = scratch<float*, 2>(B);
   for (int64_t b = 0; b < B; ++b) out[b] = part + b * C;
-  const float* const* x = pointers<1>(a.x, B, C);
+  const typename F::Inputs x(format, pointers<1>(a.x, B, C), B);
   float* h = scratch<float, 3>(2 * kBlock * B);
   float* up = h + kBlock * B;
   int64_t read[3] = {0, 0, 0};

@@ -181,9 +181,11 @@ class Tape {
     const int64_t batch = x.shape(0), count = weight.shape(0);
     require(weight.ndim() == 2 && weight.width == int64_t(x.shape(1)) && int64_t(out.shape(1)) == count,
             "linear: shapes");
-    // About 64 KB a unit, so that threads finish together, in whole groups of rows that are read at a time.
-    const int64_t streams = weight.format >= Format::int8 ? 8 : 4;
-    const int64_t per_unit = ceil_div(std::max<int64_t>(1, 65536 / weight.row_bytes()), streams) * streams;
+    // About 64 KB a unit, so that threads finish together, in whole groups of rows that are read at a time; two times
+    // that for quantised rows, for which every unit prepares the inputs anew.
+    const bool quantised = weight.format >= Format::int8;
+    const int64_t streams = quantised ? 8 : 4, unit_bytes = quantised ? 131072 : 65536;
+    const int64_t per_unit = ceil_div(std::max<int64_t>(1, unit_bytes / weight.row_bytes()), streams) * streams;
     push(LinearArgs{floats(x), rows(weight), floats(bias, count), floats(out), batch, count, per_unit},
          kernels->linear[int(weight.format)], "linear");
   }

@@ -72,16 +72,53 @@ inline float scale_at(const uint8_t* p) {
   return out;
 }
 
+#ifdef __AVX512VNNI__
+#include "fixed.h"
+#endif
+
 struct Int8 {
   using Element = uint8_t;
   static constexpr int kStreams = kQuantStreams;
   int64_t n, stride, lines;
   explicit Int8(const Rows& rows) : n(rows.width), stride(rows.stride), lines(ceil_div(n, kLine)) {}
 
+#ifdef __AVX512VNNI__
+  struct Inputs : FixedInputs {
+    Inputs(const Int8& format, const float* const* x, int64_t count) : FixedInputs(format.n, 1, x, count) {}
+  };
+
   template <int R, int B>
-  void dot(const uint8_t* const* rows, const uint8_t* const* next, const float* const* x, float* out,
+  void dot(const uint8_t* const* rows, const uint8_t* const* next, const Inputs& x, int64_t first, float* out,
            int64_t row_stride, int64_t input_stride) const {
-    const InputLines<B> inputs(x, n);
+    Vec acc[R][B];
+    for (int b = 0; b < B; ++b) {
+      Vec total = zero();
+      for (int64_t i = 0; i < x.spans; i += Vec::kLanes) total = add(total, load(x.sums + (first + b) * x.spans + i));
+      for (int r = 0; r < R; ++r) acc[r][b] = mul(total, set1(-128));
+    }
+    for_quant_lines<kLine, R>(rows, next, lines, stride, [&](int64_t l) {
+      Bytes high[B], low[B];
+      Vec scale[B];
+      for (int b = 0; b < B; ++b) {
+        high[b] = x.first_digits(first + b, l), low[b] = x.second_digits(first + b, l);
+        scale[b] = set1(x.scales[(first + b) * x.spans + l]);
+      }
+      for (int r = 0; r < R; ++r) {
+        const Bytes levels = load_levels8(rows[r] + l * kLine);
+        for (int b = 0; b < B; ++b) acc[r][b] = fma(dot_digits(levels, high[b], low[b]), scale[b], acc[r][b]);
+      }
+    });
+    for (int r = 0; r < R; ++r)
+      for (int b = 0; b < B; ++b)
+        out[r * row_stride + b * input_stride] = sum(acc[r][b]) * scale_at(rows[r] + lines * kLine);
+  }
+#else
+  using Inputs = FloatInputs;
+
+  template <int R, int B>
+  void dot(const uint8_t* const* rows, const uint8_t* const* next, const FloatInputs& x, int64_t first, float* out,
+           int64_t row_stride, int64_t input_stride) const {
+    const InputLines<B> inputs(x.x + first, n);
     Vec acc[R][B];
     for (int r = 0; r < R; ++r)
       for (int b = 0; b < B; ++b) acc[r][b] = zero();
@@ -99,6 +136,7 @@ struct Int8 {
       for (int b = 0; b < B; ++b)
         out[r * row_stride + b * input_stride] = sum(acc[r][b]) * scale_at(rows[r] + lines * kLine);
   }
+#endif
 
   template <int R, int B>
   void axpy(const uint8_t* const* rows, const uint8_t* const* next, const float* c, int64_t row_stride,
@@ -149,10 +187,63 @@ struct Int4 {
     return out;
   }
 
+#ifdef __AVX512VNNI__
+  struct Inputs : FixedInputs {
+    Inputs(const Int4& format, const float* const* x, int64_t count)
+        : FixedInputs(format.n, format.shift ? 1 : 2, x, count) {}
+  };
+
   template <int R, int B>
-  void dot(const uint8_t* const* rows, const uint8_t* const* next, const float* const* x, float* out,
+  void dot(const uint8_t* const* rows, const uint8_t* const* next, const Inputs& x, int64_t first, float* out,
            int64_t row_stride, int64_t input_stride) const {
-    const InputLines<B> inputs(x, n);
+    // By span: the scale of the row times that of the input; and what the levels' zero adds to a result.
+    const int64_t spans = x.spans;
+    float* products = scratch<float, 6>(R * B * spans);
+    Vec acc[R][B];
+    for (int r = 0; r < R; ++r) {
+      const uint8_t* of = rows[r] + lines * kBytes;
+      for (int b = 0; b < B; ++b) {
+        const float *worth = x.scales + (first + b) * spans, *sums = x.sums + (first + b) * spans;
+        Vec total = zero();
+        for (int64_t i = 0; i < spans; i += Vec::kLanes) {
+          const Vec scale = span_scales(of, i);
+          store(products + (r * B + b) * spans + i, mul(scale, load(worth + i)));
+          total = fma(Zero ? span_scales(of + 2 * groups, i) : scale, load(sums + i), total);
+        }
+        acc[r][b] = Zero ? total : mul(total, set1(-8));
+      }
+    }
+    auto lines_with = [&](auto scale_of) {
+      for_quant_lines<kBytes, R>(rows, next, lines, stride, [&](int64_t l) {
+        Bytes high[B], low[B];
+        for (int b = 0; b < B; ++b) high[b] = x.first_digits(first + b, l), low[b] = x.second_digits(first + b, l);
+        for (int r = 0; r < R; ++r) {
+          const Bytes levels = load_levels4<!Zero>(rows[r] + l * kBytes);
+          for (int b = 0; b < B; ++b)
+            acc[r][b] = fma(dot_digits(levels, high[b], low[b]), scale_of(products + (r * B + b) * spans, l), acc[r][b]);
+        }
+      });
+    };
+    if (shift)
+      lines_with([](const float* of, int64_t l) { return set1(of[l]); });
+    else
+      lines_with([](const float* of, int64_t l) { return set_halves(of[2 * l], of[2 * l + 1]); });
+    for (int r = 0; r < R; ++r)
+      for (int b = 0; b < B; ++b) out[r * row_stride + b * input_stride] = sum(acc[r][b]);
+  }
+
+  // Of the spans from the i-th on, which two share where groups are longer than lines.
+  Vec span_scales(const uint8_t* halves, int64_t i) const {
+    if (shift < 2) return load_halves(halves + 2 * i, std::min<int64_t>(groups - i, Vec::kLanes));
+    return twice(load_halves(halves + i, std::min<int64_t>(groups - i / 2, Vec::kLanes / 2)));
+  }
+#else
+  using Inputs = FloatInputs;
+
+  template <int R, int B>
+  void dot(const uint8_t* const* rows, const uint8_t* const* next, const FloatInputs& x, int64_t first, float* out,
+           int64_t row_stride, int64_t input_stride) const {
+    const InputLines<B> inputs(x.x + first, n);
     const float* scale = scales<R>(rows);
     const float* offset = scale + R * groups;
     Vec acc[R][B];
@@ -191,6 +282,7 @@ struct Int4 {
     for (int r = 0; r < R; ++r)
       for (int b = 0; b < B; ++b) out[r * row_stride + b * input_stride] = sum(acc[r][b]);
   }
+#endif
 
   template <int R, int B>
   void axpy(const uint8_t* const* rows, const uint8_t* const* next, const float* c, int64_t row_stride,
@@ -236,12 +328,13 @@ struct Signs {
   static constexpr int kStreams = kQuantStreams;
   static constexpr int64_t kBytes = kLine / 8;
   int64_t n, stride, lines;
+  using Inputs = FloatInputs;
   explicit Signs(const Rows& rows) : n(rows.width), stride(rows.stride), lines(ceil_div(n, kLine)) {}
 
   template <int R, int B>
-  void dot(const uint8_t* const* rows, const uint8_t* const* next, const float* const* x, float* out,
+  void dot(const uint8_t* const* rows, const uint8_t* const* next, const FloatInputs& x, int64_t first, float* out,
            int64_t row_stride, int64_t input_stride) const {
-    const InputLines<B> inputs(x, n);
+    const InputLines<B> inputs(x.x + first, n);
     Vec negative[R][B], total[B];
     for (int b = 0; b < B; ++b) {
       total[b] = zero();

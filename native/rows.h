@@ -38,19 +38,28 @@ inline void for_lines(const T* const* rows, const T* const* next, int64_t n, Bod
   }
 }
 
+// The inputs of dot products as they are. Quantised formats may want them in a form of their own (fixed.h).
+struct FloatInputs {
+  const float* const* x;
+  template <class F>
+  FloatInputs(const F&, const float* const* inputs, int64_t) : x(inputs) {}
+};
+
 // A row format knows how `kStreams` rows or fewer meet B inputs; Plain is that of float32 and bfloat16.
 template <class T>
 struct Plain {
   using Element = T;
+  using Inputs = FloatInputs;
   static constexpr int kStreams = kRows;
   int64_t n;
   explicit Plain(int64_t width) : n(width) {}
   explicit Plain(const Rows& rows) : n(rows.width) {}
 
-  // out[r * row_stride + b * input_stride] = rows[r] . x[b] for R rows and B inputs.
+  // out[r * row_stride + b * input_stride] = rows[r] . x[first + b] for R rows and B inputs.
   template <int R, int B>
-  void dot(const T* const* rows, const T* const* next, const float* const* x, float* out, int64_t row_stride,
-           int64_t input_stride) const {
+  void dot(const T* const* rows, const T* const* next, const FloatInputs& inputs, int64_t first, float* out,
+           int64_t row_stride, int64_t input_stride) const {
+    const float* const* x = inputs.x + first;
     Vec acc[R][B];
     for (int r = 0; r < R; ++r)
       for (int b = 0; b < B; ++b) acc[r][b] = zero();
@@ -125,12 +134,13 @@ inline void for_tiles(const typename F::Element* const* rows, int64_t m, int64_t
   for (; i < m; ++i) for_inputs(std::integral_constant<int, 1>{}, i);
 }
 
-// out[i * row_stride + b * input_stride] = rows[i] . x[b] for m rows.
+// out[i * row_stride + b * input_stride] = rows[i] . x[b] for m rows and `inputs` inputs.
 template <class F>
 inline void dot_rows(const F& format, const typename F::Element* const* rows, int64_t m, int64_t known,
-                     const float* const* x, int64_t inputs, float* out, int64_t row_stride, int64_t input_stride) {
+                     const typename F::Inputs& x, int64_t inputs, float* out, int64_t row_stride,
+                     int64_t input_stride) {
   for_tiles<F>(rows, m, known, inputs, [&](auto R, auto B, int64_t i, auto next, int64_t b) {
-    format.template dot<R.value, B.value>(rows + i, next, x + b, out + i * row_stride + b * input_stride, row_stride,
+    format.template dot<R.value, B.value>(rows + i, next, x, b, out + i * row_stride + b * input_stride, row_stride,
                                           input_stride);
   });
 }
