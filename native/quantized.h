@@ -86,6 +86,7 @@ struct Int8 {
   struct Inputs : FixedInputs {
     Inputs(const Int8& format, const float* const* x, int64_t count) : FixedInputs(format.n, 1, x, count) {}
   };
+  using Outputs = FixedOutputs;
 
   template <int R, int B>
   void dot(const uint8_t* const* rows, const uint8_t* const* next, const Inputs& x, int64_t first, float* out,
@@ -94,7 +95,7 @@ struct Int8 {
     for (int b = 0; b < B; ++b) {
       Vec total = zero();
       for (int64_t i = 0; i < x.spans; i += Vec::kLanes) total = add(total, load(x.sums + (first + b) * x.spans + i));
-      for (int r = 0; r < R; ++r) acc[r][b] = mul(total, set1(-128));
+      for (int r = 0; r < R; ++r) acc[r][b] = mul(total, set1(-128.0f));
     }
     for_quant_lines<kLine, R>(rows, next, lines, stride, [&](int64_t l) {
       Bytes high[B], low[B];
@@ -112,8 +113,25 @@ struct Int8 {
       for (int b = 0; b < B; ++b)
         out[r * row_stride + b * input_stride] = sum(acc[r][b]) * scale_at(rows[r] + lines * kLine);
   }
+
+  template <int R, int B>
+  void axpy(const uint8_t* const* rows, const uint8_t* const* next, const float* c, int64_t row_stride,
+            int64_t input_stride, const Outputs& out, int64_t first) const {
+    Digits<R> digits[B];
+    for (int b = 0; b < B; ++b) {
+      Factors<R> factors;
+      for (int r = 0; r < R; ++r)
+        factors.set(r, set1(c[r * row_stride + b * input_stride] * scale_at(rows[r] + lines * kLine)));
+      digits[b] = factors.template digits<128>();
+    }
+    for_quant_lines<kLine, R>(rows, next, lines, stride, [&](int64_t l) {
+      const Columns<R> columns([&](int r) { return load_levels8(rows[r] + l * kLine); });
+      for (int b = 0; b < B; ++b) columns.add_to(out.line(first + b, l), digits[b]);
+    });
+  }
 #else
   using Inputs = FloatInputs;
+  using Outputs = FloatOutputs;
 
   template <int R, int B>
   void dot(const uint8_t* const* rows, const uint8_t* const* next, const FloatInputs& x, int64_t first, float* out,
@@ -136,12 +154,11 @@ struct Int8 {
       for (int b = 0; b < B; ++b)
         out[r * row_stride + b * input_stride] = sum(acc[r][b]) * scale_at(rows[r] + lines * kLine);
   }
-#endif
 
   template <int R, int B>
   void axpy(const uint8_t* const* rows, const uint8_t* const* next, const float* c, int64_t row_stride,
-            int64_t input_stride, float* const* out) const {
-    OutputLines<B> outputs(out, n);
+            int64_t input_stride, const FloatOutputs& out, int64_t first) const {
+    OutputLines<B> outputs(out.y + first, n);
     Vec scale[R][B];
     for (int r = 0; r < R; ++r)
       for (int b = 0; b < B; ++b)
@@ -159,6 +176,7 @@ struct Int8 {
     });
     outputs.finish();
   }
+#endif
 };
 
 // Groups of 32, 64 or 128 values; with Zero, nibbles are 0 .. 15 and each group has an offset.
@@ -192,6 +210,7 @@ struct Int4 {
     Inputs(const Int4& format, const float* const* x, int64_t count)
         : FixedInputs(format.n, format.shift ? 1 : 2, x, count) {}
   };
+  using Outputs = FixedOutputs;
 
   template <int R, int B>
   void dot(const uint8_t* const* rows, const uint8_t* const* next, const Inputs& x, int64_t first, float* out,
@@ -210,26 +229,64 @@ struct Int4 {
           store(products + (r * B + b) * spans + i, mul(scale, load(worth + i)));
           total = fma(Zero ? span_scales(of + 2 * groups, i) : scale, load(sums + i), total);
         }
-        acc[r][b] = Zero ? total : mul(total, set1(-8));
+        acc[r][b] = Zero ? total : mul(total, set1(-8.0f));
       }
     }
-    auto lines_with = [&](auto scale_of) {
+    auto lines_with = [&](auto halves) {
       for_quant_lines<kBytes, R>(rows, next, lines, stride, [&](int64_t l) {
         Bytes high[B], low[B];
         for (int b = 0; b < B; ++b) high[b] = x.first_digits(first + b, l), low[b] = x.second_digits(first + b, l);
         for (int r = 0; r < R; ++r) {
           const Bytes levels = load_levels4<!Zero>(rows[r] + l * kBytes);
           for (int b = 0; b < B; ++b)
-            acc[r][b] = fma(dot_digits(levels, high[b], low[b]), scale_of(products + (r * B + b) * spans, l), acc[r][b]);
+            acc[r][b] = fma(dot_digits(levels, high[b], low[b]),
+                            of_line<halves.value>(products + (r * B + b) * spans, l), acc[r][b]);
         }
       });
     };
     if (shift)
-      lines_with([](const float* of, int64_t l) { return set1(of[l]); });
+      lines_with(std::false_type{});
     else
-      lines_with([](const float* of, int64_t l) { return set_halves(of[2 * l], of[2 * l + 1]); });
+      lines_with(std::true_type{});
     for (int r = 0; r < R; ++r)
       for (int b = 0; b < B; ++b) out[r * row_stride + b * input_stride] = sum(acc[r][b]);
+  }
+
+  template <int R, int B>
+  void axpy(const uint8_t* const* rows, const uint8_t* const* next, const float* c, int64_t row_stride,
+            int64_t input_stride, const Outputs& out, int64_t first) const {
+    SpanDigits<R> digits[B];
+    float* shifts[B];
+    const int64_t spans = padded_spans(n, shift ? 1 : 2);
+    for (int b = 0; b < B; ++b) {
+      digits[b].allocate(spans, b, B);
+      shifts[b] = scratch<float, 6>(Zero ? B * spans : 0) + (Zero ? b * spans : 0);
+      for (int64_t i = 0; i < spans; i += Vec::kLanes) {
+        Factors<R> factors;
+        Vec shifted = zero();
+        for (int r = 0; r < R; ++r) {
+          const Vec times = set1(c[r * row_stride + b * input_stride]);
+          factors.set(r, mul(times, span_scales(rows[r] + lines * kBytes, i)));
+          if constexpr (Zero) shifted = fma(times, span_scales(rows[r] + lines * kBytes + 2 * groups, i), shifted);
+        }
+        digits[b].put(i, factors.template digits<Zero ? 0 : 8>());
+        if constexpr (Zero) store(shifts[b] + i, shifted);
+      }
+    }
+    auto lines_with = [&](auto halves) {
+      for_quant_lines<kBytes, R>(rows, next, lines, stride, [&](int64_t l) {
+        const Columns<R> columns([&](int r) { return load_levels4<!Zero>(rows[r] + l * kBytes); });
+        for (int b = 0; b < B; ++b) {
+          float* sums = out.line(first + b, l);
+          columns.add_to(sums, digits[b].template at<halves.value>(l));
+          if constexpr (Zero) add_to_line(sums, of_line<halves.value>(shifts[b], l));
+        }
+      });
+    };
+    if (shift)
+      lines_with(std::false_type{});
+    else
+      lines_with(std::true_type{});
   }
 
   // Of the spans from the i-th on, which two share where groups are longer than lines.
@@ -239,6 +296,7 @@ struct Int4 {
   }
 #else
   using Inputs = FloatInputs;
+  using Outputs = FloatOutputs;
 
   template <int R, int B>
   void dot(const uint8_t* const* rows, const uint8_t* const* next, const FloatInputs& x, int64_t first, float* out,
@@ -282,12 +340,11 @@ struct Int4 {
     for (int r = 0; r < R; ++r)
       for (int b = 0; b < B; ++b) out[r * row_stride + b * input_stride] = sum(acc[r][b]);
   }
-#endif
 
   template <int R, int B>
   void axpy(const uint8_t* const* rows, const uint8_t* const* next, const float* c, int64_t row_stride,
-            int64_t input_stride, float* const* out) const {
-    OutputLines<B> outputs(out, n);
+            int64_t input_stride, const FloatOutputs& out, int64_t first) const {
+    OutputLines<B> outputs(out.y + first, n);
     const float* scale = scales<R>(rows);
     const float* offset = scale + R * groups;
     for_quant_lines<kBytes, R>(rows, next, lines, stride, [&](int64_t l) {
@@ -320,6 +377,7 @@ struct Int4 {
     });
     outputs.finish();
   }
+#endif
 };
 
 // A bit a value: rows . x = scale * (sum of x - 2 * sum of x where the bit is set).

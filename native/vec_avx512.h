@@ -39,11 +39,6 @@ inline Vec scale2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }  // a *
 // Float16 numbers.
 inline Vec load_halves(const uint8_t* p, int64_t n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))}; }
 
-// The first eight lanes, each two times.
-inline Vec twice(Vec a) {
-  return {_mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7), a.v)};
-}
-
 // The two values of each byte, looked up: the permutation reads the low four bits of each lane and ignores the rest.
 struct Nibbles {
   Vec low, high;
@@ -57,59 +52,6 @@ inline Nibbles load_nibbles(const uint8_t* p) {
 }
 template <bool Signed>
 inline Vec low_unit(Vec scale) {
-  return scale;
-}
-
-// 64 values in one byte each.
-struct Bytes {
-  __m512i v;
-};
-inline Bytes load_bytes(const int8_t* p) { return {_mm512_loadu_si512(p)}; }
-// Levels of a line: signed bytes plus 128; the nibbles of 32 bytes, signed ones plus 8, the lower ones first.
-inline Bytes load_levels8(const uint8_t* p) {
-  return {_mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128))};
-}
-template <bool Signed>
-inline Bytes load_levels4(const uint8_t* p) {
-  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  const __m512i shifts = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
-  const __m512i w = _mm512_srlv_epi16(_mm512_broadcast_i64x4(bytes), shifts), low = _mm512_set1_epi8(15);
-  if constexpr (Signed)
-    return {_mm512_ternarylogic_epi32(w, low, _mm512_set1_epi8(8), 0x6a)};  // (w & low) ^ 8
-  else
-    return {_mm512_and_si512(w, low)};
-}
-
-// Sums of four products each of levels and digits: with two digits a value, 256 * high + low.
-inline Vec dot_digits(Bytes levels, Bytes high, Bytes low) {
-  const __m512i top = _mm512_dpbusd_epi32(_mm512_setzero_si512(), levels.v, high.v);
-  return {_mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_slli_epi32(top, 8), levels.v, low.v))};
-}
-// Lanes of the first half of a line, and of the second.
-inline Vec set_halves(float first, float second) {
-  return {_mm512_mask_mov_ps(_mm512_set1_ps(first), 0xff00, _mm512_set1_ps(second))};
-}
-
-// A line of 64 values as whole multiples of the returned scale, in two signed digits; `sums` of its two halves.
-inline float to_digits(const float* x, int8_t* high, int8_t* low, float* sums) {
-  __m512 v[4], top = _mm512_setzero_ps();
-  for (int i = 0; i < 4; ++i) {
-    v[i] = _mm512_loadu_ps(x + 16 * i);
-    top = _mm512_max_ps(_mm512_abs_ps(v[i]), top);
-  }
-  constexpr float kMost = 127 * 256;
-  const float most = _mm512_reduce_max_ps(top), scale = most / kMost;
-  const __m512 inverse = _mm512_set1_ps(most > 0 ? kMost / most : 0);
-  __m512i whole[4];
-  for (int i = 0; i < 4; ++i) {
-    whole[i] = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], inverse));
-    const __m512i first = _mm512_srai_epi32(_mm512_add_epi32(whole[i], _mm512_set1_epi32(128)), 8);
-    const __m512i second = _mm512_sub_epi32(whole[i], _mm512_slli_epi32(first, 8));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(high + 16 * i), _mm512_cvtepi32_epi8(first));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(low + 16 * i), _mm512_cvtepi32_epi8(second));
-  }
-  for (int h = 0; h < 2; ++h)
-    sums[h] = scale * static_cast<float>(_mm512_reduce_add_epi32(_mm512_add_epi32(whole[2 * h], whole[2 * h + 1])));
   return scale;
 }
 
