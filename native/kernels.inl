@@ -51,13 +51,10 @@ template <class F>
 void embed(const EmbedArgs& a, int64_t b) {
   using T = typename F::Element;
   const T* row = static_cast<const T*>(a.table.data) + (a.ids[b] + a.offset) * a.table.stride;
-  const F format(a.table);
-  float *out = a.out + b * a.table.width, *values = a.add ? scratch<float, 3>(a.table.width) : out;
-  const typename F::Outputs sums(format, &values, 1);
+  float* out = a.out + b * a.table.width;
+  if (!a.add) std::fill_n(out, a.table.width, 0.0f);
   const float one = 1;
-  format.template axpy<1, 1>(&row, nullptr, &one, 0, 0, sums, 0);
-  sums.finish();
-  for (int64_t i = 0; a.add && i < a.table.width; ++i) out[i] += values[i];
+  F(a.table).template axpy<1, 1>(&row, nullptr, &one, 0, 0, &out);
 }
 
 void reduce(const ReduceArgs& a, int64_t unit) {
@@ -217,8 +214,9 @@ void attend(const AttendArgs& a, int64_t unit) {
     const float total = sum(fold(p, n, zero(), 0, [](Vec s, Vec v) { return add(s, v); }));
     const Vec inverse = set1(1.0f / total);
     for_vecs(n, [&](int64_t i, int64_t m) { store(p + i, mul(load(p + i, m), inverse), m); });
+    std::fill_n(out[h], D, 0.0f);
   }
-  axpy_rows(format, rows + n, n, n, scores, 1, n, FloatOutputs(format, out, heads), heads);
+  axpy_rows(format, rows + n, n, n, scores, 1, n, out, heads);
 }
 
 template <class F>
@@ -228,9 +226,9 @@ void attn_out(const AttnOutArgs& a, int64_t slice) {
   const int64_t r = a.heads_per_group, D = a.head_dim, C = a.blocks.width, all = a.heads.size(a.groups * r) * D;
   const int64_t low = slice * all / a.slices, high = (slice + 1) * all / a.slices;
   float* part = a.partials + slice * a.batch * C;
+  std::fill_n(part, a.batch * C, 0.0f);
   float** out = scratch<float*, 2>(a.batch);
   for (int64_t b = 0; b < a.batch; ++b) out[b] = part + b * C;
-  const typename F::Outputs sums(format, out, a.batch);
   const T** rows = scratch<const T*, 0>(high - low);
   for (int64_t i = low; i < high; ++i) {
     const int64_t h = a.heads.at(i / D);
@@ -240,10 +238,9 @@ void attn_out(const AttnOutArgs& a, int64_t slice) {
   for (int64_t i = low; i < high;) {
     const int64_t count = std::min(high, (i / D + 1) * D) - i;  // up to the end of this head
     const float* o = a.o + a.heads.at(i / D) * D + i % D;
-    axpy_rows(format, rows + (i - low), count, high - i, o, 1, a.groups * r * D, sums, a.batch);
+    axpy_rows(format, rows + (i - low), count, high - i, o, 1, a.groups * r * D, out, a.batch);
     i += count;
   }
-  sums.finish();
 }
 
 // One unit: a slice of the selected neurons, block by block: dot products with their input rows, the activation,
@@ -259,9 +256,9 @@ void mlp(const MlpArgs& a, int64_t slice) {
   const int64_t high = std::min(all, (slice + 1) * tiles / a.slices * F::kStreams);
   const bool gated = kinds == 3;
   float* part = a.partials + slice * B * C;
+  std::fill_n(part, B * C, 0.0f);
   float** out = scratch<float*, 2>(B);
   for (int64_t b = 0; b < B; ++b) out[b] = part + b * C;
-  const typename F::Outputs sums(format, out, B);
   const typename F::Inputs x(format, pointers<1>(a.x, B, C), B);
   float* h = scratch<float, 3>(2 * kBlock * B);
   float* up = h + kBlock * B;
@@ -316,10 +313,9 @@ void mlp(const MlpArgs& a, int64_t slice) {
     }
     if (open) {
       list(kinds - 1, open);
-      axpy_rows(format, rows, open, open + S, h, B, 1, sums, B);
+      axpy_rows(format, rows, open, open + S, h, B, 1, out, B);
     }
   }
-  sums.finish();
   if (a.rows_read)
     for (int64_t k = 0; k < kinds; ++k) __atomic_fetch_add(a.rows_read + k, read[k], __ATOMIC_RELAXED);
 }

@@ -86,7 +86,6 @@ struct Int8 {
   struct Inputs : FixedInputs {
     Inputs(const Int8& format, const float* const* x, int64_t count) : FixedInputs(format.n, 1, x, count) {}
   };
-  using Outputs = FixedOutputs;
 
   template <int R, int B>
   void dot(const uint8_t* const* rows, const uint8_t* const* next, const Inputs& x, int64_t first, float* out,
@@ -113,25 +112,8 @@ struct Int8 {
       for (int b = 0; b < B; ++b)
         out[r * row_stride + b * input_stride] = sum(acc[r][b]) * scale_at(rows[r] + lines * kLine);
   }
-
-  template <int R, int B>
-  void axpy(const uint8_t* const* rows, const uint8_t* const* next, const float* c, int64_t row_stride,
-            int64_t input_stride, const Outputs& out, int64_t first) const {
-    Digits<R> digits[B];
-    for (int b = 0; b < B; ++b) {
-      Factors<R> factors;
-      for (int r = 0; r < R; ++r)
-        factors.set(r, set1(c[r * row_stride + b * input_stride] * scale_at(rows[r] + lines * kLine)));
-      digits[b] = factors.template digits<128>();
-    }
-    for_quant_lines<kLine, R>(rows, next, lines, stride, [&](int64_t l) {
-      const Columns<R> columns([&](int r) { return load_levels8(rows[r] + l * kLine); });
-      for (int b = 0; b < B; ++b) columns.add_to(out.line(first + b, l), digits[b]);
-    });
-  }
 #else
   using Inputs = FloatInputs;
-  using Outputs = FloatOutputs;
 
   template <int R, int B>
   void dot(const uint8_t* const* rows, const uint8_t* const* next, const FloatInputs& x, int64_t first, float* out,
@@ -154,11 +136,12 @@ struct Int8 {
       for (int b = 0; b < B; ++b)
         out[r * row_stride + b * input_stride] = sum(acc[r][b]) * scale_at(rows[r] + lines * kLine);
   }
+#endif
 
   template <int R, int B>
   void axpy(const uint8_t* const* rows, const uint8_t* const* next, const float* c, int64_t row_stride,
-            int64_t input_stride, const FloatOutputs& out, int64_t first) const {
-    OutputLines<B> outputs(out.y + first, n);
+            int64_t input_stride, float* const* out) const {
+    OutputLines<B> outputs(out, n);
     Vec scale[R][B];
     for (int r = 0; r < R; ++r)
       for (int b = 0; b < B; ++b)
@@ -176,7 +159,6 @@ struct Int8 {
     });
     outputs.finish();
   }
-#endif
 };
 
 // Groups of 32, 64 or 128 values; with Zero, nibbles are 0 .. 15 and each group has an offset.
@@ -210,7 +192,6 @@ struct Int4 {
     Inputs(const Int4& format, const float* const* x, int64_t count)
         : FixedInputs(format.n, format.shift ? 1 : 2, x, count) {}
   };
-  using Outputs = FixedOutputs;
 
   template <int R, int B>
   void dot(const uint8_t* const* rows, const uint8_t* const* next, const Inputs& x, int64_t first, float* out,
@@ -232,61 +213,23 @@ struct Int4 {
         acc[r][b] = Zero ? total : mul(total, set1(-8.0f));
       }
     }
-    auto lines_with = [&](auto halves) {
+    auto lines_with = [&](auto scale_of) {
       for_quant_lines<kBytes, R>(rows, next, lines, stride, [&](int64_t l) {
         Bytes high[B], low[B];
         for (int b = 0; b < B; ++b) high[b] = x.first_digits(first + b, l), low[b] = x.second_digits(first + b, l);
         for (int r = 0; r < R; ++r) {
           const Bytes levels = load_levels4<!Zero>(rows[r] + l * kBytes);
           for (int b = 0; b < B; ++b)
-            acc[r][b] = fma(dot_digits(levels, high[b], low[b]),
-                            of_line<halves.value>(products + (r * B + b) * spans, l), acc[r][b]);
+            acc[r][b] = fma(dot_digits(levels, high[b], low[b]), scale_of(products + (r * B + b) * spans, l), acc[r][b]);
         }
       });
     };
     if (shift)
-      lines_with(std::false_type{});
+      lines_with([](const float* of, int64_t l) { return set1(of[l]); });
     else
-      lines_with(std::true_type{});
+      lines_with([](const float* of, int64_t l) { return set_halves(of[2 * l], of[2 * l + 1]); });
     for (int r = 0; r < R; ++r)
       for (int b = 0; b < B; ++b) out[r * row_stride + b * input_stride] = sum(acc[r][b]);
-  }
-
-  template <int R, int B>
-  void axpy(const uint8_t* const* rows, const uint8_t* const* next, const float* c, int64_t row_stride,
-            int64_t input_stride, const Outputs& out, int64_t first) const {
-    SpanDigits<R> digits[B];
-    float* shifts[B];
-    const int64_t spans = padded_spans(n, shift ? 1 : 2);
-    for (int b = 0; b < B; ++b) {
-      digits[b].allocate(spans, b, B);
-      shifts[b] = scratch<float, 6>(Zero ? B * spans : 0) + (Zero ? b * spans : 0);
-      for (int64_t i = 0; i < spans; i += Vec::kLanes) {
-        Factors<R> factors;
-        Vec shifted = zero();
-        for (int r = 0; r < R; ++r) {
-          const Vec times = set1(c[r * row_stride + b * input_stride]);
-          factors.set(r, mul(times, span_scales(rows[r] + lines * kBytes, i)));
-          if constexpr (Zero) shifted = fma(times, span_scales(rows[r] + lines * kBytes + 2 * groups, i), shifted);
-        }
-        digits[b].put(i, factors.template digits<Zero ? 0 : 8>());
-        if constexpr (Zero) store(shifts[b] + i, shifted);
-      }
-    }
-    auto lines_with = [&](auto halves) {
-      for_quant_lines<kBytes, R>(rows, next, lines, stride, [&](int64_t l) {
-        const Columns<R> columns([&](int r) { return load_levels4<!Zero>(rows[r] + l * kBytes); });
-        for (int b = 0; b < B; ++b) {
-          float* sums = out.line(first + b, l);
-          columns.add_to(sums, digits[b].template at<halves.value>(l));
-          if constexpr (Zero) add_to_line(sums, of_line<halves.value>(shifts[b], l));
-        }
-      });
-    };
-    if (shift)
-      lines_with(std::false_type{});
-    else
-      lines_with(std::true_type{});
   }
 
   // Of the spans from the i-th on, which two share where groups are longer than lines.
@@ -296,7 +239,6 @@ struct Int4 {
   }
 #else
   using Inputs = FloatInputs;
-  using Outputs = FloatOutputs;
 
   template <int R, int B>
   void dot(const uint8_t* const* rows, const uint8_t* const* next, const FloatInputs& x, int64_t first, float* out,
@@ -329,7 +271,8 @@ struct Int4 {
             part[1][b] = v ? fma(w.high, second, part[1][b]) : mul(w.high, second);
           }
         }
-        const Vec low_scale = low_unit<!Zero>(set1(scale[r * groups + low])), high_scale = set1(scale[r * groups + high]);
+        const Vec low_scale = set1(scale[r * groups + low] * kLowUnit<!Zero>);
+        const Vec high_scale = set1(scale[r * groups + high]);
         for (int b = 0; b < B; ++b) acc[r][b] = fma(high_scale, part[1][b], fma(low_scale, part[0][b], acc[r][b]));
         if constexpr (Zero)
           for (int b = 0; b < B; ++b)
@@ -340,24 +283,28 @@ struct Int4 {
     for (int r = 0; r < R; ++r)
       for (int b = 0; b < B; ++b) out[r * row_stride + b * input_stride] = sum(acc[r][b]);
   }
+#endif
 
   template <int R, int B>
   void axpy(const uint8_t* const* rows, const uint8_t* const* next, const float* c, int64_t row_stride,
-            int64_t input_stride, const FloatOutputs& out, int64_t first) const {
-    OutputLines<B> outputs(out.y + first, n);
+            int64_t input_stride, float* const* out) const {
+    OutputLines<B> outputs(out, n);
+    // By group: what a low level adds to each output, a high one, and with offsets, what every value adds.
+    constexpr int kKinds = 2 + Zero;
+    constexpr float kUnits[] = {kLowUnit<!Zero>, 1, 1};
+    float* factors = scratch<float, 6>(kKinds * R * B * groups);
+    auto factor = [&](int kind, int r, int b) { return factors + ((kind * R + r) * B + b) * groups; };
     const float* scale = scales<R>(rows);
-    const float* offset = scale + R * groups;
+    for (int kind = 0; kind < kKinds; ++kind)
+      for (int r = 0; r < R; ++r)
+        for (int b = 0; b < B; ++b) {
+          const Vec times = set1(c[r * row_stride + b * input_stride]), unit = set1(kUnits[kind]);
+          const float* from = scale + (kind / 2 * R + r) * groups;
+          float* to = factor(kind, r, b);
+          for_vecs(groups, [&](int64_t i, int64_t m) { store(to + i, mul(mul(times, load(from + i, m)), unit), m); });
+        }
     for_quant_lines<kBytes, R>(rows, next, lines, stride, [&](int64_t l) {
       const int64_t group[2] = {2 * l >> shift, (2 * l + 1) >> shift};
-      Vec k[2][R][B], shifted[2][R][B];
-      for (int r = 0; r < R; ++r)
-        for (int b = 0; b < B; ++b)
-          for (int h = 0; h < 2; ++h) {
-            const Vec times = set1(c[r * row_stride + b * input_stride]);
-            k[h][r][b] = mul(times, set1(scale[r * groups + group[h]]));
-            if constexpr (Zero) shifted[h][r][b] = mul(times, set1(offset[r * groups + group[h]]));
-            if (h == 0) k[h][r][b] = low_unit<!Zero>(k[h][r][b]);
-          }
       for (int v = 0; v < kHalfVecs; ++v) {
         Vec acc[2][B];
         for (int b = 0; b < B; ++b)
@@ -365,10 +312,10 @@ struct Int4 {
         for (int r = 0; r < R; ++r) {
           const Nibbles w = load_nibbles<!Zero>(rows[r] + l * kBytes + v * Vec::kLanes);
           for (int b = 0; b < B; ++b) {
-            acc[0][b] = fma(k[0][r][b], w.low, acc[0][b]);
-            acc[1][b] = fma(k[1][r][b], w.high, acc[1][b]);
+            acc[0][b] = fma(set1(factor(0, r, b)[group[0]]), w.low, acc[0][b]);
+            acc[1][b] = fma(set1(factor(1, r, b)[group[1]]), w.high, acc[1][b]);
             if constexpr (Zero)
-              for (int h = 0; h < 2; ++h) acc[h][b] = add(acc[h][b], shifted[h][r][b]);
+              for (int h = 0; h < 2; ++h) acc[h][b] = add(acc[h][b], set1(factor(2, r, b)[group[h]]));
           }
         }
         for (int b = 0; b < B; ++b)
@@ -377,7 +324,6 @@ struct Int4 {
     });
     outputs.finish();
   }
-#endif
 };
 
 // A bit a value: rows . x = scale * (sum of x - 2 * sum of x where the bit is set).

@@ -45,22 +45,11 @@ struct FloatInputs {
   FloatInputs(const F&, const float* const* inputs, int64_t) : x(inputs) {}
 };
 
-// The outputs of sums of rows, zeroed, and as they are. Quantised formats may keep sums of their own until `finish`.
-struct FloatOutputs {
-  float* const* y;
-  template <class F>
-  FloatOutputs(const F& format, float* const* outputs, int64_t count) : y(outputs) {
-    for (int64_t b = 0; b < count; ++b) std::fill_n(y[b], format.n, 0.0f);
-  }
-  void finish() const {}
-};
-
 // A row format knows how `kStreams` rows or fewer meet B inputs; Plain is that of float32 and bfloat16.
 template <class T>
 struct Plain {
   using Element = T;
   using Inputs = FloatInputs;
-  using Outputs = FloatOutputs;
   static constexpr int kStreams = kRows;
   int64_t n;
   explicit Plain(int64_t width) : n(width) {}
@@ -95,11 +84,10 @@ struct Plain {
       for (int b = 0; b < B; ++b) out[r * row_stride + b * input_stride] = sum(acc[r][b]);
   }
 
-  // out[first + b] += sum_r c[r * row_stride + b * input_stride] * rows[r] for R rows and B outputs.
+  // out[b] += sum_r c[r * row_stride + b * input_stride] * rows[r] for R rows and B outputs.
   template <int R, int B>
   void axpy(const T* const* rows, const T* const* next, const float* c, int64_t row_stride, int64_t input_stride,
-            const FloatOutputs& outputs, int64_t first) const {
-    float* const* out = outputs.y + first;
+            float* const* out) const {
     Vec scale[R][B];
     for (int r = 0; r < R; ++r)
       for (int b = 0; b < B; ++b) scale[r][b] = set1(c[r * row_stride + b * input_stride]);
@@ -160,11 +148,10 @@ inline void dot_rows(const F& format, const typename F::Element* const* rows, in
 // out[b] += sum_i c[i * row_stride + b * input_stride] * rows[i] for m rows.
 template <class F>
 inline void axpy_rows(const F& format, const typename F::Element* const* rows, int64_t m, int64_t known,
-                      const float* c, int64_t row_stride, int64_t input_stride, const typename F::Outputs& out,
-                      int64_t inputs) {
+                      const float* c, int64_t row_stride, int64_t input_stride, float* const* out, int64_t inputs) {
   for_tiles<F>(rows, m, known, inputs, [&](auto R, auto B, int64_t i, auto next, int64_t b) {
     format.template axpy<R.value, B.value>(rows + i, next, c + i * row_stride + b * input_stride, row_stride,
-                                           input_stride, out, b);
+                                           input_stride, out + b);
   });
 }
 

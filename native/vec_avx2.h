@@ -74,11 +74,9 @@ inline Nibbles load_nibbles(const uint8_t* p) {
             {_mm256_cvtepi32_ps(_mm256_srli_epi32(w, 4))}};
   }
 }
-// A scale made fit for low nibbles.
+// What the scale of low nibbles is to be multiplied with.
 template <bool Signed>
-inline Vec low_unit(Vec scale) {
-  return Signed ? mul(scale, set1(0x1p-28f)) : scale;
-}
+constexpr float kLowUnit = Signed ? 0x1p-28f : 1.0f;
 
 // acc + x in the lanes whose bit is set; `bits` are those of a line of 64 lanes, of which this is vector `v`.
 inline Vec add_where(Vec acc, const uint8_t* bits, int v, Vec x) {

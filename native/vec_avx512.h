@@ -50,10 +50,9 @@ inline Nibbles load_nibbles(const uint8_t* p) {
   const __m512i w = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return {{_mm512_permutexvar_ps(w, values)}, {_mm512_permutexvar_ps(_mm512_srli_epi32(w, 4), values)}};
 }
+// What the scale of low nibbles is to be multiplied with.
 template <bool Signed>
-inline Vec low_unit(Vec scale) {
-  return scale;
-}
+constexpr float kLowUnit = 1.0f;
 
 // acc + x in the lanes whose bit is set; `bits` are those of a line of 64 lanes, of which this is vector `v`.
 inline Vec add_where(Vec acc, const uint8_t* bits, int v, Vec x) {

@@ -71,10 +71,9 @@ inline Nibbles load_nibbles(const uint8_t* p) {
   auto value = [](int q) { return static_cast<float>(Signed && q > 7 ? q - 16 : q); };
   return {each([=](int i) { return value(p[i] & 15); }), each([=](int i) { return value(p[i] >> 4); })};
 }
+// What the scale of low nibbles is to be multiplied with.
 template <bool Signed>
-inline Vec low_unit(Vec scale) {
-  return scale;
-}
+constexpr float kLowUnit = 1.0f;
 
 // acc + x in the lanes whose bit is set; `bits` are those of a line of 64 lanes, of which this is vector `v`.
 inline Vec add_where(Vec acc, const uint8_t* bits, int v, Vec x) {

@@ -50,6 +50,7 @@ def test_a_run_measures_densities_bytes_and_ratios(subject, monkeypatch, memory_
     assert sparse["bytes_per_token"]["mlp_in"] < dense["bytes_per_token"]["mlp_in"] / 3
     assert sparse["bytes_per_token"]["attention"] < 0.6 * dense["bytes_per_token"]["attention"]
     assert 0 <= sparse["predictor_share"] < 1
+    assert {"attn_qkv", "attend", "attn_out", "mlp", "linear"} <= set(sparse["op_ms"])
     for r in (dense, sparse, dense2, sparse2):
         assert r["p20_ms"] <= r["p50_ms"] <= r["p80_ms"]
         assert r["tok_per_s"] == pytest.approx(r["batch"] * 1e3 / r["p50_ms"])
@@ -63,7 +64,7 @@ def test_a_run_measures_densities_bytes_and_ratios(subject, monkeypatch, memory_
     files = report.save(drawn, tmp_path / "out")
     assert {f.name for f in files} >= {"times.png", "times.svg", "batch.png", "batch.svg"}
     assert all(f.stat().st_size > 1000 for f in files)
-    assert len(report.tables(fields, subject.title)) == 3
+    assert len(report.tables(fields, subject.title)) == 4
 
 
 def test_each_density_is_a_point_beside_the_limit(subject):

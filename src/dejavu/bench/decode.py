@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 from time import perf_counter
 from typing import Protocol
 
@@ -15,6 +16,10 @@ from dejavu.engine.sampling import Sampler
 from dejavu.engine.step import DecodeStep, can_capture
 from dejavu.model.decoder import Decoder
 from dejavu.selection import Selector
+
+
+# Steps whose time is told by op.
+_PROFILED = 5
 
 
 class Decoding(Protocol):
@@ -86,6 +91,13 @@ class Dejavu:
     def whole(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """As DecodeStep says it."""
         return self._step.whole
+
+    def op_ms(self) -> dict[str, float] | None:
+        """Milliseconds of a step by op, the median of a few; None where that is not known. Ends the count of bytes."""
+        runs = [self._step.op_seconds() for _ in range(_PROFILED)]
+        if runs[0] is None:
+            return None
+        return {op: 1e3 * median(run[op] for run in runs) for op in runs[0]}
 
     def mlp_density(self) -> float:
         """Mean share of the fc2 (down) rows that the steps so far have read."""

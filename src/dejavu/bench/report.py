@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def tables(fields: dict[str, Any], title: str) -> list[Table]:
-    """Times; bytes by part; ratios to peers where there are any."""
+    """Times; bytes by part; times by op where they are known; ratios to peers where there are any."""
     from rich.table import Table
 
     results = fields["results"]
@@ -46,6 +46,12 @@ def tables(fields: dict[str, Any], title: str) -> list[Table]:
         for name, r in ours.items():
             read.add_row(name, *(f"{r['bytes_per_token'][part] / 1e6:.1f}" for part in parts))
         out.append(read)
+    if timed := {name: r["op_ms"] for name, r in ours.items() if r["op_ms"]}:
+        ops = list(dict.fromkeys(op for ms in timed.values() for op in ms))
+        where = table("ms of a step by op", "", *ops)
+        for name, ms in timed.items():
+            where.add_row(name, *(f"{ms[op]:.2f}" if op in ms else "-" for op in ops))
+        out.append(where)
     if ours and peers:
         ratios = table("times as fast as", "", *peers)
         for name, r in ours.items():

@@ -173,6 +173,7 @@ class _Bench:
             "attn_density": ours.attn_density(),
             "whole": ours.whole,
             "predictor_share": choosing / (sum(seconds) / self._new),
+            "op_ms": ours.op_ms(),
         }
         return seconds
 

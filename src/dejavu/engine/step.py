@@ -125,6 +125,14 @@ class DecodeStep:
             self._look()
         return logits
 
+    def op_seconds(self) -> dict[str, float] | None:
+        """Seconds by op of one more run, which repeats the last tokens in place; None where that is not known.
+
+        Counts go on.
+        """
+        timed = getattr(self._graph, "replay_timed", None)
+        return None if timed is None else timed()
+
     def _capture(self) -> None:
         with torch.inference_mode():
             if self._decoder.device.type == "cuda":
