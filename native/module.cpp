@@ -72,7 +72,8 @@ struct Weights {
     format = bits == 8 ? Format::int8 : bits == 1 ? Format::signs : zero_point ? Format::int4z : Format::int4;
     const int64_t padded = ceil_div(width, 64) * 64, scales = bits == 4 ? 2 * ceil_div(padded, group) : 4;
     const int64_t bytes = padded * bits / 8 + scales * (zero_point ? 2 : 1);
-    require(width > 0 && stride() == ceil_div(bytes, 64) * 64, "quantised rows have the wrong size");
+    const int64_t align = bytes < 256 ? 16 : 64;
+    require(width > 0 && stride() == ceil_div(bytes, align) * align, "quantised rows have the wrong size");
   }
   size_t ndim() const { return array.ndim(); }
   int64_t shape(size_t i) const { return i + 1 == ndim() ? width : array.shape(i); }

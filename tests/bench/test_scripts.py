@@ -105,3 +105,21 @@ def test_sparse_cpu_writes_a_record_and_figure_for_each_part(script, monkeypatch
     done = run(module, *flags, "--only", "openvin")
     assert done.exit_code == 1
     assert "did you mean openvino?" in " ".join(done.stderr.split())
+
+
+def test_ablations_write_one_record_and_one_figure(script, model, monkeypatch, tmp_path):
+    module, text, results = script("ablations"), tmp_path / "text.txt", tmp_path / "ablations.jsonl"
+    for name, value in (("WINDOW", 32), ("RANKS", (1 / 4,)), ("SHARES", (0.98,))):
+        monkeypatch.setattr(module, name, value)
+    text.write_text(
+        "\n<|endoftext|>\n".join(f"Document {i} says {' '.join(map(str, range(i, i + 90)))}." for i in range(40))
+    )
+    flags = ("--text", text, "--tokens", 2048, "--judged", 512, "--epochs", 1, "--threads", 1, "--results", results)
+    done = run(module, model("opt"), *flags, "--figure", tmp_path / "figure.png")
+    assert done.exit_code == 0, done.output
+    found = json.loads(results.read_text())["results"]
+    assert set(found) == {"ranks", "formats", "lookahead", "methods", "heads"}
+    assert all(f["kl"] >= 0 for part in found.values() for f in part.values())
+    assert (tmp_path / "figure.png").stat().st_size > 0
+    done = run(module, model("opt"), *flags, "--tokens", 1 << 20)
+    assert done.exit_code == 1 and "the text is too short" in done.stderr

@@ -19,7 +19,11 @@ def test_error_and_views(name, C, dtype):
     rows = quantize(w, format)
     back = rows.dequantize()
     assert (back - w.float()).norm() <= BOUNDS[name] * w.float().norm()
-    assert rows.shape == w.shape and rows.row_bytes % 64 == 0 and rows.nbytes == rows.data.numel()
+    assert (
+        rows.shape == w.shape
+        and rows.row_bytes % (16 if rows.row_bytes <= 256 else 64) == 0
+        and rows.nbytes == rows.data.numel()
+    )
     assert torch.equal(rows[:, 1].dequantize(), back[:, 1])
     assert torch.equal(dense(rows, torch.bfloat16), back.bfloat16())
     # Quantising what was quantised changes nothing more than a rounding of the scales.

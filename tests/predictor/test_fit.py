@@ -1,13 +1,16 @@
 """From a model and text to a pack: what is collected, what a pack does in the step, and that nothing is lost."""
 
+import errno
 import json
+import multiprocessing
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
+from random import Random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,10 +19,10 @@ import torch
 import dejavu
 from dejavu.config import SelectionConfig
 from dejavu.engine.step import DecodeStep
-from dejavu.errors import ConfigError, PackError
+from dejavu.errors import CapacityError, ConfigError, PackError
 from dejavu.kernels import reference
 from dejavu.model.hooks import TokenMasks
-from dejavu.predictor.collect import Collected, collect, most_of_the_norm
+from dejavu.predictor.collect import Collected, _Recorder, collect, most_of_the_norm
 from dejavu.predictor.fit import fit, needs, tune
 from dejavu.predictor.settings import FitConfig
 from dejavu.selection.oracle import OutputNorms
@@ -155,32 +158,53 @@ def same_pack(a: Path, b: Path) -> bool:
     return all((a / name).read_bytes() == (b / name).read_bytes() for name in ("pack.json", "predictors.safetensors"))
 
 
-@pytest.mark.slow
-def test_killed_at_ten_random_points_it_ends_with_the_same_pack(pack_folder, tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("\n<|endoftext|>\n".join(TEXT))
-    out = tmp_path / "pack"
-    code = (
-        "import sys, dejavu; from pathlib import Path; from dejavu.predictor.fit import fit\n"
-        "from dejavu.predictor.settings import FitConfig; from dejavu.text import documents\n"
-        "config = FitConfig(tokens=512, window=64, calibration_tokens=256, rank=16, epochs=1, limit=0.2)\n"
-        "engine = dejavu.load('opt-mini', mode='dense'); print('go', flush=True)\n"
-        f"fit(engine, documents([{str(text)!r}]), {str(out)!r}, config)\n"
-    )
-    random = np.random.default_rng(0)
-    for wait in [*random.uniform(0.2, 6.0, 10), None]:
-        if out.exists():
-            break
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-        process.stdout.readline()
-        if wait is None:
-            assert process.wait(300) == 0
-        else:
-            time.sleep(wait)  # the random point itself, not a way to wait for something
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        process.stdout.close()
-    assert same_pack(pack_folder, out)
+# What the process runs that is killed; its stages are reported through a pipe.
+FIT = """
+import dejavu
+from dejavu.predictor.fit import fit
+from dejavu.predictor.settings import FitConfig
+config = FitConfig(tokens=512, window=32, calibration_tokens=128, rank=16, epochs=2, limit=5.0)
+engine = dejavu.load(model, mode="dense", threads=1)
+fit(engine, text, out, config, progress=lambda stage, done, total: pipe.send((stage, done)))
+"""
+
+
+def test_killed_at_ten_random_points_it_ends_with_the_same_pack(make_checkpoint, tmp_path):
+    model = make_checkpoint("opt", vocab_size=16384)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(dejavu.__file__).parent / "assets/opt-mini" / name, model)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dejavu", "dejavu.predictor.fit"])
+
+    def start(out: Path) -> tuple[multiprocessing.Process, Connection]:
+        ours, theirs = context.Pipe(duplex=False)
+        names = {"model": str(model), "text": TEXT, "out": str(out), "pipe": theirs}
+        process = context.Process(target=exec, args=(FIT, names))
+        process.start()
+        theirs.close()
+        return process, ours
+
+    def reports(pipe: Connection):
+        with suppress(EOFError):
+            while True:
+                yield pipe.recv()
+
+    process, pipe = start(tmp_path / "whole")
+    points = list(reports(pipe))
+    process.join()
+    assert {stage for stage, _ in points} == {"collect", "train", "calibrate"}
+    random, killed = Random(0), 0
+    for point in [*sorted(random.sample(range(len(points) - 1), 10)), len(points)]:
+        process, pipe = start(tmp_path / "pack")
+        for report in reports(pipe):
+            if points.index(report) >= point:
+                time.sleep(random.uniform(0, 0.02))  # anywhere after the report, and before or after the next one
+                process.kill()
+                killed += 1
+                break
+        process.join()
+    assert killed == 10
+    assert same_pack(tmp_path / "whole", tmp_path / "pack")
 
 
 def test_packs_are_checked(engine, pack_folder, tmp_path, make_checkpoint):
@@ -199,7 +223,9 @@ def test_packs_are_checked(engine, pack_folder, tmp_path, make_checkpoint):
 
     cut = (pack_folder / "predictors.safetensors").read_bytes()[:5000]
     for change, message in [
-        (edit(schema=9), "expected schema 1, found 9"),
+        (edit(schema=9), "expected schema 2, found 9"),
+        (edit(rows={"1.up": {"format": "int4", "width": 500}}), "not made of rows of int4"),
+        (edit(rows={"1.up": {"format": "int3", "width": 16}}), "is damaged"),
         (edit(points=[{}]), "is damaged"),
         (edit(default=99), "is damaged"),
         (edit(base={"name": "other", "hash": "0" * 64}), "was made for other with hash 000000000000"),
@@ -255,6 +281,51 @@ def test_bad_settings_and_text_are_named(engine, tmp_path):
         fit(engine, TEXT[:2], tmp_path / "pack", SMALL)
     assert not (tmp_path / "pack.work").exists()
     assert needs(engine, SMALL)["disk"] > 0
+    with pytest.raises(ConfigError, match="weights must be a format that keeps sizes"):
+        FitConfig(weights="signs")
+    with pytest.raises(ConfigError, match="weights format 'int3' does not exist"):
+        FitConfig(weights="int3")
+
+
+def test_a_full_disk_is_named_and_the_work_goes_on(engine, pack_folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
+        with pytest.raises(CapacityError, match="MB of disk, 1 MB are free"):
+            fit(engine, TEXT, tmp_path / "pack", SMALL)
+    assert not list(tmp_path.iterdir())
+
+    def full(self) -> None:
+        if self.flushed == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.flushed += 1
+        flush(self)
+
+    flush, _Recorder.flushed = _Recorder.flush, 0
+    with monkeypatch.context() as patch:
+        patch.setattr(_Recorder, "flush", full)
+        with pytest.raises(ConfigError, match=r"No space left on device.*free some"):
+            fit(engine, TEXT, tmp_path / "pack", SMALL)
+    assert not (tmp_path / "pack").exists()
+    fit(engine, TEXT, tmp_path / "pack", SMALL)
+    assert same_pack(pack_folder, tmp_path / "pack")
+
+
+def test_an_activation_that_is_never_zero_needs_an_error_bound(make_checkpoint, tmp_path):
+    folder = make_checkpoint("llama", hidden_act="silu")
+    shutil.copy(Path(dejavu.__file__).parent / "assets/opt-mini/tokenizer.json", folder)
+    engine = dejavu.load(folder, mode="dense")
+    with pytest.raises(ConfigError, match="silu is never zero, so every neuron is active: give a label error"):
+        fit(engine, TEXT, tmp_path / "pack", SMALL)
+    assert not (tmp_path / "pack.work").exists()
+
+
+def test_a_density_bound_takes_the_most_faithful_setting_within(engine, tmp_path):
+    config = FitConfig(**{**vars(SMALL), "bound": "mlp_density", "limit": 0.3})
+    pack = fit(engine, TEXT, tmp_path / "pack", config)
+    at = pack.points[pack.default].measured
+    assert at["mlp_density"] <= 0.3
+    better = [p.measured for p in pack.points if p.measured["kl"] < at["kl"]]
+    assert all(m["mlp_density"] > 0.3 or m["mlp_density"] > at["mlp_density"] for m in better)
 
 
 def test_the_bundled_pack_reads_less_and_says_how_good_it_is(engine):

@@ -22,9 +22,14 @@ def fit(
     model: Annotated[str, typer.Argument(help="A folder, hub id, or opt-mini.")],
     text: Annotated[list[str], typer.Option(help="A file, folder, - or hf:ID; may be given several times.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The pack's folder; must not exist.")],
+    check_text: Annotated[
+        list[str] | None, typer.Option(help="Choose and judge by other text than --text; may be given several times.")
+    ] = None,
     tokens: Annotated[int | None, typer.Option(help="To learn from.")] = None,
     calibration_tokens: Annotated[int | None, typer.Option(help="To search on, and as many to judge on.")] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens read in one piece; documents must be as long.")] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens read in one piece; documents must be as long. [default: the context]")
+    ] = None,
     max_ppl_increase: Annotated[str | None, typer.Option(help="Bound: 1% or 0.01. [default: 1%]")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Bound instead: nats per token from the dense model.")] = None,
     target_density: Annotated[float | None, typer.Option(help="Bound instead: the mean MLP density.")] = None,
@@ -33,6 +38,7 @@ def fit(
         int | None, typer.Option(help="Blocks before its own that a heads' predictor reads.")
     ] = None,
     neurons_ahead: Annotated[int | None, typer.Option(help="The same for neurons.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Of the predictors: int4, int8, bf16 ... [default: int4]")] = None,
     no_train: Annotated[bool, typer.Option("--no-train", help="Keep the best linear maps; no gradient.")] = False,
     label_error: Annotated[float | None, typer.Option(help="For activations that are never zero, say 0.1.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Of training.")] = None,
@@ -72,6 +78,7 @@ def fit(
         "rank": _rank(rank),
         "heads_ahead": heads_ahead,
         "neurons_ahead": neurons_ahead,
+        "weights": weights,
         "label_error": label_error,
         "epochs": epochs,
         "seed": seed,
@@ -96,7 +103,8 @@ def fit(
             bar.update(tasks[name], completed=done)
 
         try:
-            pack = run(engine, documents(text), out, config, stage=stage, progress=progress)
+            judging = documents(check_text) if check_text else None
+            pack = run(engine, documents(text), out, config, check=judging, stage=stage, progress=progress)
         except KeyboardInterrupt:
             bar.stop()
             typer.echo(f"stopped; the same command goes on from what {out}.work holds", err=True)

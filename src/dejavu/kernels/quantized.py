@@ -2,9 +2,10 @@
 
 A row is self-contained, so that whatever selects rows needs to know nothing of their format:
 
-    [values][scales][offsets, with a zero point][zeros up to a multiple of 64 bytes]
+    [values][scales][offsets, with a zero point][zeros up to a multiple of 64 bytes, in short rows of 16]
 
-Values are padded with zeros to a multiple of 64, a *line*.
+Values are padded with zeros to a multiple of 64, a *line*. A row below 256 bytes is short: a predictor's, which is read
+beside its neighbours, so that a cache line of its own would only be longer.
 
 - 8 bits: one signed byte a value, and one float32 scale: `w = q * scale`.
 - 4 bits: 32 bytes a line; byte `j` holds value `j` in its low nibble and value `j + 32` in its high one, so that one
@@ -82,7 +83,8 @@ class RowFormat:
         values = padded * self.bits // 8
         scales = 2 * -(-padded // self.group) if self.bits == 4 else 4
         used = values + scales * (1 + self.zero_point)
-        return values, scales, -(-used // 64) * 64
+        align = 16 if used < 256 else 64
+        return values, scales, -(-used // align) * align
 
     def row_bytes(self, width: int) -> int:
         return self.layout(width)[2]

@@ -8,7 +8,6 @@ of prices gives the frontier, every point of which is measured through the model
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from dejavu.checkpoint.layout import Weights
 from dejavu.config import ModelConfig
+from dejavu.kernels import reference
 from dejavu.model.decoder import Decoder
 from dejavu.model.hooks import TokenMasks
 from dejavu.predictor.train import Data
@@ -27,11 +27,13 @@ from dejavu.selection.pack import Point
 from dejavu.selection.predictor import HEADS, Lookahead, Predictor, PredictorSelector
 from dejavu.selection.selector import Cut
 
-DENSITIES = tuple(np.geomspace(0.005, 0.9, 36))
+DENSITIES = tuple(np.geomspace(0.002, 0.9, 40))
 # An option's capacity: what all but one token in a thousand need, and a bit.
 CAPACITY_QUANTILE, CAPACITY_SLACK = 0.999, 1.05
 # The option at which a block's effect on the model is measured loses about this share of the block's squared norm.
-PROBE_LOSS = 0.05
+PROBE_LOSS = 0.02
+# Nats per byte: all prices that could matter lie between, and are found to a millionth.
+PRICES, PRICE_HALVINGS = (1e-16, 1.0), 26
 # Of the calibration windows, for the probes: they only weigh blocks against each other.
 PROBE_SHARE = 0.25
 
@@ -48,12 +50,10 @@ class Option:
     precision: float  # share of the kept units that are active
 
 
-def block_options(
-    block: int, predictor: Predictor, data: Data, ops: ModuleType, config: ModelConfig, weights: Weights
-) -> list[Option]:
+def block_options(block: int, predictor: Predictor, data: Data, weights: Weights) -> list[Option]:
     """The options of a block, cheapest first; the last reads all."""
     y, norms = data.judge()
-    scores, square, active = predictor.scores(ops, y), norms.pow(2), norms > 0
+    scores, square, active = predictor.scores(reference, y), norms.pow(2), norms > 0
     tokens, units = scores.shape
     layer = weights.layers[block // 2]
     if block % 2 == HEADS:
@@ -66,20 +66,21 @@ def block_options(
         out = unit - layer.mlp.rows[0, 0].nbytes  # read only where the neuron is active
         candidates = list(DENSITIES)
     options = []
-    flat = scores.flatten()
-    ordered = flat.sort(descending=True).values
+    ordered, order = scores.flatten().sort(descending=True)
+    held, hits = square.flatten()[order].double().cumsum(0), active.flatten()[order].cumsum(0)
     for density in candidates:
-        threshold = ordered[min(len(flat) - 1, max(0, round(density * len(flat)) - 1))].item()
-        counts = (scores >= threshold).sum(1).float()
-        k = min(units, max(1, int(CAPACITY_SLACK * counts.quantile(CAPACITY_QUANTILE).ceil().item())))
-        mask = Cut(k, threshold).mask(scores)
-        kept, hit = mask.sum().item(), (mask & active).sum().item()
+        threshold = ordered[max(0, round(density * len(order)) - 1)].item()
+        counts = (scores >= threshold).sum(1)
+        k = min(units, max(1, int(CAPACITY_SLACK * counts.float().quantile(CAPACITY_QUANTILE).ceil().item())))
+        # The few tokens that the capacity cuts count as if it did not.
+        kept = int(counts.sum())
+        hit = hits[kept - 1].item()
         read = kept * unit if block % 2 == HEADS else kept * (unit - out) + hit * out
         options.append(
             Option(
                 Cut(k, threshold),
-                kept / mask.numel(),
-                square[~mask].sum().item() / tokens,
+                kept / len(order),
+                (held[-1] - held[kept - 1]).item() / tokens,
                 read / tokens + predictor.nbytes,
                 hit / max(1, active.sum().item()),
                 hit / max(1, kept),
@@ -161,18 +162,18 @@ def _divergence(reference: Tensor, ours: Tensor) -> float:
 
 
 class Search:
-    """Chooses options for all blocks at a price, with the effects measured by a judge.
+    """Chooses options for all blocks at a price.
 
     Args:
         options: of each block that has a predictor.
-        select: makes the selector of given cuts.
+        blocks: of the model.
     """
 
-    def __init__(self, options: dict[int, list[Option]], blocks: int, judge: Judge, select: Callable):
-        self._options, self._blocks, self._judge, self._select = options, blocks, judge, select
+    def __init__(self, options: dict[int, list[Option]], blocks: int):
+        self._options, self._blocks = options, blocks
         self._sensitivity: dict[int, float] = {}
 
-    def probe(self, block: int) -> float:
+    def probe(self, block: int, judge: Judge, select: Callable) -> float:
         """Divergence per squared norm that this block loses, measured with all others dense."""
         options = self._options[block]
         sparse = [o for o in options if o.cut is not None and o.loss > 0]
@@ -180,9 +181,7 @@ class Search:
             return 0.0
         most = max(o.loss for o in sparse)
         option = min(sparse, key=lambda o: abs(o.loss - PROBE_LOSS * most))
-        cuts = [None] * self._blocks
-        cuts[block] = option.cut
-        return max(self._judge.divergence(self._select(cuts), PROBE_SHARE), 1e-9) / option.loss
+        return max(judge.divergence(select(self.cuts({block: option})), PROBE_SHARE), 1e-9) / option.loss
 
     def set_sensitivity(self, block: int, value: float) -> None:
         self._sensitivity[block] = value
@@ -197,16 +196,14 @@ class Search:
     def cuts(self, chosen: dict[int, Option]) -> list[Cut | None]:
         return [chosen[b].cut if b in chosen else None for b in range(self._blocks)]
 
-    def prices(self) -> tuple[float, float]:
-        """A price at which next to nothing is cut, and one at which nearly everything is."""
-        slopes = [
-            self._sensitivity[b] * (a.loss - z.loss) / (z.bytes - a.bytes)
-            for b, options in self._options.items()
-            for a, z in itertools.pairwise(options)
-            if z.bytes > a.bytes and a.loss > z.loss
-        ]
-        low, high = min(slopes, default=1e-12), max(slopes, default=1e-6)
-        return max(low, 1e-15) / 2, max(high, 1e-12) * 2
+    def price(self, divergence: float) -> float:
+        """The highest price at which the blocks' divergences are expected to add up to no more than this."""
+        low, high = PRICES
+        for _ in range(PRICE_HALVINGS):
+            middle = float(np.sqrt(low * high))
+            expected = sum(self._sensitivity[b] * o.loss for b, o in self.choose(middle).items())
+            low, high = (middle, high) if expected <= divergence else (low, middle)
+        return low
 
 
 def make_select(

@@ -11,7 +11,7 @@ beyond is cut off on resuming. For T tokens in all:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from dejavu.artifacts import read_json, write_json
-from dejavu.engine.tokenizer import Tokenizer
 from dejavu.errors import ConfigError
 from dejavu.model.decoder import Decoder
 from dejavu.model.hooks import Hooks
@@ -27,16 +26,6 @@ from dejavu.selection.oracle import OutputNorms
 
 STATE = "state.json"
 Progress = Callable[[int, int], None]
-
-
-def windows(documents: Iterable[str], tokenizer: Tokenizer, length: int) -> Iterator[list[int]]:
-    """Token windows of one length, each from a single document: shorter ends of documents are left out."""
-    for document in documents:
-        # A book at once would take seconds and memory; 16 characters a token are more than any text has.
-        for start in range(0, len(document), 16 * length):
-            ids = tokenizer.encode(document[start : start + 16 * length])
-            for at in range(0, len(ids) - length + 1, length):
-                yield ids[at : at + length]
 
 
 def needed_bytes(decoder: Decoder, tokens: int, density: float = 0.3) -> int:

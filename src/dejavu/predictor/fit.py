@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -12,24 +11,27 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dejavu.artifacts import atomic_write, read_json, write_json
+from dejavu.config import ZEROING_ACTIVATIONS
 from dejavu.engine.bytes import step_bytes
 from dejavu.engine.engine import Engine
 from dejavu.errors import CapacityError, ConfigError, PackError
 from dejavu.predictor import calibrate
-from dejavu.predictor.collect import Collected, collect, needed_bytes, windows
+from dejavu.predictor.collect import Collected, collect, needed_bytes
+from dejavu.predictor.draw import deal, draw
 from dejavu.predictor.settings import FitConfig
-from dejavu.predictor.train import FIT_TOKENS, block_data, fit_heads, fit_neurons
+from dejavu.predictor.train import FIT_TOKENS, block_data, fit_heads, fit_neurons, stored
 from dejavu.selection.pack import MANIFEST, TENSORS, Pack, Point, load_pack
 from dejavu.selection.predictor import HEADS, Lookahead, Predictor
 
 Stage = Literal["collect", "train", "calibrate"]
 # stage, done, total
 Progress = Callable[[str, int, int], None]
-# Points of the frontier, and halvings of the price in search of the bound.
-POINTS, HALVINGS = 7, 6
+# Expected divergences of the frontier's points, nats per token, and halvings of the price in search of the bound.
+LADDER, HALVINGS = tuple(np.geomspace(1e-4, 0.3, 8).tolist()), 4
 # Tokens attended to in the bytes of a point.
 ATTENDED = 256
 
@@ -40,6 +42,7 @@ def fit(
     out: str | os.PathLike,
     config: FitConfig | None = None,
     *,
+    check: Iterable[str] | None = None,
     stage: Stage | None = None,
     progress: Progress | None = None,
 ) -> Pack | None:
@@ -50,7 +53,9 @@ def fit(
 
     Args:
         engine: the model, in its dense or exact mode.
-        documents: text; read on the first call only.
+        documents: text to learn from, and, of documents of its own, to choose cuts and judge by; read on the first
+            call only.
+        check: other text to choose cuts and judge by: the bound then holds for text like that.
         out: the pack's folder, which must not exist.
         stage: end after this stage.
         progress: called with stage, done, total.
@@ -58,20 +63,31 @@ def fit(
     Raises: ConfigError for settings or text that cannot do, CapacityError where disk or memory is too small, PackError
         where the bound cannot be kept; it says what can be reached.
     """
-    config = config or FitConfig()
+    config = (config or FitConfig()).within(engine.config.max_position_embeddings)
     out = Path(out)
     if out.exists():
         raise ConfigError(f"{out}: is there already; name another folder, or remove it")
+    activation = engine.config.activation
+    if config.label_error == 0 and activation not in ZEROING_ACTIVATIONS:
+        raise ConfigError(
+            f"{activation} is never zero, so every neuron is active: give a label error, say 0.1; then those count as "
+            "active that must stay so that no more than this share of the norm of the MLP's output is left out"
+        )
     work = _Work(out.with_name(out.name + ".work"), engine, config, progress or (lambda *_: None))
-    work.prepare(documents)
-    work.collect()
-    if stage == "collect":
-        return None
-    predictors = work.train()
-    if stage == "train":
-        return None
-    pack = work.calibrate(predictors)
-    pack.save(out)
+    try:
+        work.prepare(documents, check)
+        work.collect()
+        if stage == "collect":
+            return None
+        predictors = work.train()
+        if stage == "train":
+            return None
+        pack = work.calibrate(predictors)
+        pack.save(out)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"{work.folder}: cannot be written ({error}); free some space, and the same call goes on"
+        ) from error
     shutil.rmtree(work.folder)
     return pack
 
@@ -79,6 +95,7 @@ def fit(
 def needs(engine: Engine, config: FitConfig) -> dict[str, int]:
     """Disk and memory, in bytes, that `fit` takes besides the model: `disk`, `memory`."""
     c = engine.config
+    config = config.within(c.max_position_embeddings)
     tokens = _collected_windows(config) * config.window
     judged = config.calibration_tokens * c.vocab_size * 2
     chunk = config.window * c.vocab_size * 4 * 3
@@ -95,7 +112,7 @@ class _Work:
         self._decoder = engine.decoder
         self._lookahead = Lookahead(config.heads_ahead, config.neurons_ahead)
 
-    def prepare(self, documents: Iterable[str]) -> None:
+    def prepare(self, documents: Iterable[str], check: Iterable[str] | None) -> None:
         """Make the folder and put the tokens of all stages into it, or check that they are those of this run."""
         assert self._engine.checkpoint is not None
         settings = {"settings": asdict(self._config), "hash": self._engine.checkpoint.hash}
@@ -116,18 +133,26 @@ class _Work:
             raise CapacityError(
                 f"fit needs {need['disk'] >> 20} MB of disk, {free >> 20} MB are free; use fewer tokens"
             )
-        count = _collected_windows(self._config) + 2 * self._judged_windows
-        # More windows than needed, so that learning and judging don't share a document by design of the text.
-        found = list(itertools.islice(windows(documents, self._engine.tokenizer, self._config.window), count))
-        if len(found) < count:
-            raise ConfigError(
-                f"the text is too short: expected {count} windows of {self._config.window} tokens in single documents, "
-                f"found {len(found)}; give more text, or use fewer tokens"
-            )
+        learned, judged = _collected_windows(self._config), [self._judged_windows] * 2
+        if check is None:
+            found = self._draw(documents, [learned, *judged])
+        else:
+            found = self._draw(documents, [learned]) + self._draw(check, judged)
         self.folder.mkdir(exist_ok=True)
         with atomic_write(self.folder / "windows.npy", "wb") as file:
-            np.save(file, np.array(found, np.int32), allow_pickle=False)
+            np.save(file, np.concatenate(found), allow_pickle=False)
         write_json(state, settings)
+
+    def _draw(self, documents: Iterable[str], sizes: list[int]) -> list[np.ndarray]:
+        """Windows for each purpose, (size, window) int32."""
+        config, count = self._config, sum(sizes)
+        found = draw(documents, self._engine.tokenizer, config.window, count, config.seed)
+        if len(found) < count:
+            raise ConfigError(
+                f"the text is too short: expected {count} windows of {config.window} tokens in single documents, "
+                f"found {len(found)}; give more text, or use fewer tokens"
+            )
+        return [np.array(windows, np.int32) for windows in deal(found, sizes)]
 
     @property
     def _judged_windows(self) -> int:
@@ -162,15 +187,16 @@ class _Work:
                 save_file(tensors, temporary)
                 os.replace(temporary, path)
             tensors = load_file(path)
-            predictors[2 * layer] = Predictor(None, tensors["heads.up"], tensors["heads.bias"])
-            predictors[2 * layer + 1] = Predictor(*(tensors[f"neurons.{part}"] for part in ("down", "up", "bias")))
+            for block, part in ((2 * layer, "heads"), (2 * layer + 1, "neurons")):
+                parameters = (tensors.get(f"{part}.{name}") for name in ("down", "up", "bias"))
+                predictors[block] = stored(tuple(parameters), self._config.row_format)
             self._progress("train", layer + 1, c.num_hidden_layers)
         return predictors
 
     def _train_layer(self, collected: Collected, layer: int) -> dict[str, torch.Tensor]:
-        config, dtype = self._config, torch.bfloat16
+        config = self._config
         train = config.tokens // config.window * config.window
-        heads = fit_heads(block_data(collected, 2 * layer, self._lookahead.source(2 * layer), train), dtype)
+        heads = fit_heads(block_data(collected, 2 * layer, self._lookahead.source(2 * layer), train))
         block = 2 * layer + 1
         neurons = fit_neurons(
             block_data(collected, block, self._lookahead.source(block), train),
@@ -180,14 +206,14 @@ class _Work:
             epochs=config.epochs,
             train=config.train,
             seed=config.seed + layer,
-            dtype=dtype,
+            form=config.row_format,
         )
+        parts = {"heads": heads, "neurons": neurons}
         return {
-            "heads.up": heads.up,
-            "heads.bias": heads.bias,
-            "neurons.down": neurons.down,
-            "neurons.up": neurons.up,
-            "neurons.bias": neurons.bias,
+            f"{part}.{name}": tensor.contiguous()
+            for part, parameters in parts.items()
+            for name, tensor in zip(("down", "up", "bias"), parameters, strict=True)
+            if tensor is not None
         }
 
     def calibrate(self, predictors: dict[int, Predictor]) -> Pack:
@@ -197,17 +223,17 @@ class _Work:
         with torch.inference_mode():
             options = {
                 b: calibrate.block_options(
-                    b, predictors[b], block_data(collected, b, self._lookahead.source(b), train), ops, c, weights
+                    b, predictors[b], block_data(collected, b, self._lookahead.source(b), train), weights
                 )
                 for b in predictors
             }
             first = _collected_windows(config)
             judge = calibrate.Judge(self._decoder, self._windows(first, self._judged_windows))
             select = calibrate.make_select(predictors, self._lookahead, c, ops)
-            search = calibrate.Search(options, blocks, judge, select)
+            search = calibrate.Search(options, blocks)
             state = self.folder / "calibrated.json"
             saved: dict[str, Any] = read_json(state) if state.exists() else {"probes": {}, "measured": {}}
-            steps, done = blocks + POINTS + HALVINGS + 1, 0
+            steps, done = blocks + len(LADDER) + HALVINGS + 1, 0
 
             def remember(kind: str, key: str, value: Callable[[], Any]) -> Any:
                 nonlocal done
@@ -219,8 +245,7 @@ class _Work:
                 return saved[kind][key]
 
             for b in options:
-                search.set_sensitivity(b, remember("probes", str(b), lambda b=b: search.probe(b)))
-            low, high = search.prices()
+                search.set_sensitivity(b, remember("probes", str(b), lambda b=b: search.probe(b, judge, select)))
             rest = self._rest_bytes(options)
 
             def measure(judge: calibrate.Judge, name: str, price: float) -> Point:
@@ -229,22 +254,24 @@ class _Work:
                 found = remember("measured", f"{name}{price!r}", lambda: asdict(judge.measure(select(cuts))))
                 return calibrate.as_point(cuts, calibrate.Measured(**found), chosen, rest)
 
-            points = {price: measure(judge, "", price) for price in np.geomspace(low, high, POINTS).tolist()}
-            within = [p for p, point in points.items() if self._within(point)]
-            beyond = [p for p in points if p not in within]
-            if not within:
+            points = {price: measure(judge, "", price) for price in map(search.price, LADDER)}
+            # The density falls as the price rises; what else may be bound rises.
+            falls = config.bound == "mlp_density"
+            preferred = sorted(points, reverse=not falls)
+            best = next((p for p in preferred if self._within(points[p])), None)
+            if best is None:
                 raise self._unreachable(points.values())
-            best = max(within)
-            worst = min((p for p in beyond if p > best), default=best)
-            for _ in range(HALVINGS if worst > best else 0):
+            worst = next(iter(preferred[: preferred.index(best)][-1:]), None)
+            for _ in range(HALVINGS if worst is not None else 0):
                 middle = float(np.sqrt(best * worst))
                 points[middle] = measure(judge, "", middle)
                 best, worst = (middle, worst) if self._within(points[middle]) else (best, middle)
             # The text that judged so far also chose. Other text has the last word, and steps back if it must.
-            check = calibrate.Judge(self._decoder, self._windows(first + self._judged_windows, self._judged_windows))
+            del judge
+            judge = calibrate.Judge(self._decoder, self._windows(first + self._judged_windows, self._judged_windows))
             checked = {}
-            for price in sorted((p for p in points if self._within(points[p])), reverse=True):
-                checked[price] = measure(check, "check ", price)
+            for price in sorted((p for p in points if self._within(points[p])), reverse=not falls):
+                checked[price] = measure(judge, "check ", price)
                 if self._within(checked[price]):
                     break
             else:

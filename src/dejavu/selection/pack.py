@@ -3,7 +3,7 @@
 `pack.json` holds the schema version, which checkpoint it was made for, the lookahead, how it was made, and the
 frontier: points from the most faithful to the cheapest, each with a cut for every block and what was measured with it.
 `predictors.safetensors` holds for block `b` the tensors `b.down` (R, C), `b.up` (N, R) and `b.bias` (N,); a single
-linear layer has no `b.down`.
+linear layer has no `b.down`. Quantised ones are the bytes of their rows; the manifest's `rows` names format and width.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from dejavu.artifacts import read_json, write_json
 from dejavu.checkpoint.source import BUNDLED
 from dejavu.config import ModelConfig
 from dejavu.errors import ConfigError, PackError
+from dejavu.kernels.quantized import Quantized, RowFormat, Weight
 from dejavu.selection.predictor import HEADS, Lookahead, Predictor, PredictorSelector
 from dejavu.selection.selector import Cut
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST, TENSORS = "pack.json", "predictors.safetensors"
 
 
@@ -89,10 +90,8 @@ class Pack:
         if folder.exists():
             raise ConfigError(f"{folder}: is there already; name another folder, or remove it")
         parts = {
-            f"{block}.{name}": tensor.contiguous()
-            for block, p in sorted(self.predictors.items())
-            for name, tensor in (("down", p.down), ("up", p.up), ("bias", p.bias))
-            if tensor is not None
+            name: (weight.data if isinstance(weight, Quantized) else weight).contiguous()
+            for name, weight in self._weights().items()
         }
         temporary = folder.with_name(f".{folder.name}.tmp")
         try:
@@ -106,6 +105,14 @@ class Pack:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
+    def _weights(self) -> dict[str, Weight]:
+        return {
+            f"{block}.{name}": weight
+            for block, p in sorted(self.predictors.items())
+            for name, weight in (("down", p.down), ("up", p.up), ("bias", p.bias))
+            if weight is not None
+        }
+
     def _manifest(self) -> dict[str, Any]:
         def cut(c: Cut | None) -> dict[str, Any] | None:
             return None if c is None else asdict(c)
@@ -114,6 +121,11 @@ class Pack:
             "schema": SCHEMA,
             "base": dict(self.base),
             "lookahead": asdict(self.lookahead),
+            "rows": {
+                name: {"format": weight.format.name, "width": weight.width}
+                for name, weight in self._weights().items()
+                if isinstance(weight, Quantized)
+            },
             "default": self.default,
             "points": [{"cuts": [cut(c) for c in p.cuts], "measured": dict(p.measured)} for p in self.points],
             "made": dict(self.made),
@@ -135,11 +147,16 @@ def load_pack(source: str | os.PathLike, *, revision: str | None = None, device:
         ]
         pack = Pack(data["base"], Lookahead(**data["lookahead"]), {}, points, data["default"], data["made"])
         pack.points[pack.default].measured["bytes"], pack.base["hash"]
-    except (KeyError, TypeError, IndexError) as error:
+        rows = {name: (RowFormat.parse(row["format"]), row["width"]) for name, row in data["rows"].items()}
+    except (KeyError, TypeError, IndexError, AttributeError, ConfigError) as error:
         raise PackError(f"{folder / MANIFEST}: is damaged ({type(error).__name__}: {error})") from error
     try:
         with safe_open(folder / TENSORS, "pt", device=str(device)) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors: dict[str, Weight] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        for name, (form, width) in rows.items():
+            if tensors[name].shape[-1] != form.row_bytes(width):
+                raise PackError(f"{folder / TENSORS}: {name} is not made of rows of {form.name}; fit it anew")
+            tensors[name] = Quantized(tensors[name], width, form)
         for block in sorted({int(name.partition(".")[0]) for name in tensors}):
             pack.predictors[block] = Predictor(
                 tensors.get(f"{block}.down"), tensors[f"{block}.up"], tensors[f"{block}.bias"]

@@ -10,7 +10,8 @@ from typing import Self
 from torch import Tensor
 
 from dejavu.config import ModelConfig
-from dejavu.kernels import beside
+from dejavu.kernels import beside, reference
+from dejavu.kernels.quantized import Weight
 from dejavu.kernels.reference import Selection
 from dejavu.selection.selector import Cuts, Part, ScoreSelector
 
@@ -22,8 +23,8 @@ HEADS, NEURONS = 0, 1
 class Lookahead:
     """How many blocks before its own a predictor reads the input of; at the model's start, the first block's.
 
-    1, the default and the paper's Figure 2: the neurons of a layer from the input of its attention, the heads of a
-    layer from the input of the MLP before it. 0 reads the input of the block itself, and overlaps with nothing.
+    1 is the paper's Figure 2: the neurons of a layer from the input of its attention, the heads of a layer from the
+    input of the MLP before it. 0 reads the input of the block itself, sees most, and overlaps with nothing.
     """
 
     heads: int = 1
@@ -39,13 +40,13 @@ class Predictor:
     """Scores of a block's units: `up @ (down @ y) + bias`, or without `down`, `up @ y + bias`.
 
     Args:
-        down: (R, C), or None for a single linear layer.
+        down: (R, C), or None for a single linear layer; like `up`, plain or quantised.
         up: (N, R), or (N, C) without `down`.
         bias: (N,) float32.
     """
 
-    down: Tensor | None
-    up: Tensor
+    down: Weight | None
+    up: Weight
     bias: Tensor
 
     def scores(self, ops: ModuleType, y: Tensor) -> Tensor:
@@ -111,7 +112,8 @@ class PredictorSelector(ScoreSelector):
 
     def _score(self, block: int, y: Tensor) -> Tensor | None:
         for target in self._targets.get(block, ()):
-            self._scores[target] = self._predictors[target].scores(self._ops, y)
+            # Many tokens at once: matrix products, as in prefill.
+            self._scores[target] = self._predictors[target].scores(reference, y)
         return self._scores.pop(block, None)
 
     def _select(self, block: int, y: Tensor) -> Selection:

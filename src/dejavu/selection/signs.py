@@ -34,3 +34,8 @@ class SignsSelector(ScoreSelector):
             return None
         rows, bias = self._rows[layer]
         return self._ops.linear(y, rows, bias)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one step reads to choose."""
+        return sum(entry[0].nbytes for entry, (_, cut) in zip(self._rows, self.cuts, strict=True) if cut is not None)
