@@ -117,8 +117,10 @@ def _score(metric: str, row: dict) -> str:
         return value if relative or row["stderr"] is None else f"{value} ± {row['stderr']:.1%}"
     if row["difference"] == row["low"] == row["high"] == 0:
         return value
-    mean, low, high = (f"{100 * row[k]:+.1f}" for k in ("difference", "low", "high"))
-    return f"{value} ({mean} [{low}, {high}]{' %' if relative else ''})"
+    # A single document has no interval.
+    ends = () if row["low"] is None else (row["low"], row["high"])
+    interval = f" [{', '.join(f'{100 * end:+.1f}' for end in ends)}]" if ends else ""
+    return f"{value} ({100 * row['difference']:+.1f}{interval}{' %' if relative else ''})"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

@@ -147,7 +147,7 @@ def resolve(names: Sequence[str], known: Sequence[str], where: str) -> list[str]
     for name in wanted:
         if name not in known:
             close = get_close_matches(name, known, n=3, cutoff=0.5)
-            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            hint = f"; did you mean {' or '.join(close)}?" if close else "."
             listed = f" It has: {', '.join(known)}." if len(known) <= 30 else ""
             raise ConfigError(f"there is no task {name!r} {where}{hint}{listed}")
     return list(dict.fromkeys(wanted))
