@@ -133,7 +133,7 @@ def packs(
     base = dejavu.load(model, dtype="fp32", mode="dense", threads=threads)
     settings = [Setting("dense"), Setting("exact", "exact")]
     for quality in (None, *budget):
-        name = "pack" if quality is None else f"pack, {quality:.3g}"
+        name = "pack" if quality is None else f"pack, {100 * quality:g} %"
         settings.append(Setting(name, "sparse", SelectionConfig("predictor", pack=pack, quality=quality, kv="lazy")))
     engines = make_engines(settings, lambda _: base)
     held = {"texts": [str(data / HELD)], "text_tokens": tokens}

@@ -62,7 +62,7 @@ def path_table(r: dict) -> str:
 
 
 def packs_table(r: dict) -> str:
-    """Every task under every setting, with the paired difference to dense; what is read; closeness to dense."""
+    """Every task under every setting, with the paired difference to dense; what is read; closeness on texts."""
     settings, reference = list(r["decode"]), r["reference"]
     others = [s for s in settings if s != reference]
     rows = []
@@ -75,10 +75,10 @@ def packs_table(r: dict) -> str:
         rows.append([title, *(f"{sum(m) / len(m):.1%}" if m else "-" for m in means)])
     rows.append(["MB per token (fp32)", *(f"{r['decode'][s]['bytes_per_token'] / 1e6:.1f}" for s in settings)])
     for task, found in r["tasks"].items():
-        close = [found["to_reference"][s] for s in others]
-        rows.append(
-            [f"{task}: same next token, KL", "-", *(f"{c['agreement']:.1%}, {c['kl']:.4f}" for c in close)],
-        )
+        if "token_perplexity" in found["metrics"]:
+            close = [found["to_reference"][s] for s in others]
+            cells = (f"{c['agreement']:.1%}, {c['kl']:.4f}" for c in close)
+            rows.append([f"{task}: same next token, KL", "-", *cells])
     return _table(["task (metric, documents)", *settings], rows)
 
 
