@@ -31,7 +31,7 @@ DENSITIES = (0.5, 0.25, 0.15, 0.1, 0.05)
 # Some settings are scored by decode steps too, on so little that they end: the path should make no difference.
 STEPPED, STEPPED_TOKENS, STEPPED_PAIRS = ("both oracle 0.25", "both non_contextual 0.25", "both static 0.25"), 256, 12
 # Documents of each task: what some minutes allow.
-DOCUMENTS = {"lambada_openai": 500, "piqa": 300, "copa": 100, "openbook_qa": 500, "winogrande": 300, "blimp": 1000}
+DOCUMENTS = {"lambada_openai": 500, "piqa": 200, "copa": 100, "openbook_qa": 500, "winogrande": 200, "blimp": 1000}
 HELD, CALIBRATION = "text/wiki_heldout.txt", "text/calibration.txt.gz"
 RESULTS = Path(__file__).parent / "results"
 
@@ -124,7 +124,7 @@ def packs(
     data: Data,
     work: Work,
     budget: Annotated[list[float], typer.Option(help="Lower budgets: the rise of perplexity.")] = (0.05, 0.2),
-    tokens: Annotated[int, typer.Option(help="Tokens of each text.")] = 16384,
+    tokens: Annotated[int, typer.Option(help="Tokens of each text.")] = 8192,
     limit: Annotated[int | None, typer.Option(help="Documents of a task at most, below its own number.")] = None,
     results: Results = RESULTS,
     threads: Threads = None,
