@@ -1,5 +1,6 @@
 """The benchmark scripts on tiny models, and what they refuse to do."""
 
+import gzip
 import json
 import shutil
 import sys
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from typer.testing import CliRunner
 
 from dejavu.bench import shapes
+from dejavu.evaluate import run as evaluation
 
 TINY = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 256, "num_hidden_layers": 2,
         "num_attention_heads": 4, "vocab_size": 500}  # fmt: skip
@@ -123,3 +125,49 @@ def test_ablations_write_one_record_and_one_figure(script, model, monkeypatch, t
     assert (tmp_path / "figure.png").stat().st_size > 0
     done = run(module, model("opt"), *flags, "--tokens", 1 << 20)
     assert done.exit_code == 1 and "the text is too short" in done.stderr
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """A folder of texts and task files as quality.py wants it."""
+    prose = "The old mill stood by the river for two hundred years, until the railway came to the valley."
+    for name in ("text", "eval"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "text" / "wiki_heldout.txt").write_text(prose)
+    (tmp_path / "eval" / "wikitext2_test.detok.txt").write_text(prose)
+    with gzip.open(tmp_path / "text" / "calibration.txt.gz", "wt") as file:
+        file.write(prose)
+    pairs = [{"sentence_good": "The house is old.", "sentence_bad": "The house are old."},
+             {"sentence_good": "The dogs slept.", "sentence_bad": "The dogs sleeps."}]  # fmt: skip
+    (tmp_path / "eval" / "blimp.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    return tmp_path
+
+
+def test_quality_goes_from_scores_to_the_page(script, model, corpus, monkeypatch, tmp_path):
+    module, tiny = script("quality"), tmp_path / "tiny"
+    shutil.move(model("opt"), tiny)
+    monkeypatch.setattr(module, "DENSITIES", (0.5, 0.25))
+    monkeypatch.setattr(module, "STEPPED", ("both oracle 0.25",))
+    monkeypatch.setattr(module, "DOCUMENTS", {"blimp": 2})
+    monkeypatch.setattr(evaluation, "TIMED_ROUNDS", 1)
+    monkeypatch.setattr(evaluation, "TIMED_TOKENS", 2)
+    flags = [str(x) for x in ("--data", corpus, "--work", tmp_path / "work", "--results", tmp_path, "--tokens", 24)]
+    calls = (["selection", str(tiny), *flags, "--window", "16"], ["packs", "opt-mini", "opt-mini", *flags])
+    for call in calls:
+        done = CliRunner().invoke(module.app, call, catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+    record = json.loads((tmp_path / "quality_selection.jsonl").read_text())
+    assert len(record["points"]) == 1 + 3 * 4 * 2
+    both = record["by_path"]
+    for name, point in both["steps"].items():
+        assert point["perplexity"]["value"] == pytest.approx(both["masked"][name]["perplexity"]["value"], rel=1e-3)
+
+    page = tmp_path / "evaluate.md"
+    marks = ("selection tiny", "path tiny", "packs opt-mini")
+    page.write_text("Before.\n" + "".join(f"<!-- {mark} -->\nold\n<!-- end -->\n" for mark in marks) + "After.\n")
+    (tmp_path / "figures").mkdir()
+    module.quality_docs.write(tmp_path, tmp_path)
+    text = page.read_text()
+    assert "old" not in text.replace("hold", "") and text.startswith("Before.") and text.endswith("After.\n")
+    assert text.count("| both | oracle |") == 1 and "| blimp (acc, 2) |" in text and "| both oracle 0.25 |" in text
+    assert len(list((tmp_path / "figures").iterdir())) == 2

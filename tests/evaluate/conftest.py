@@ -3,9 +3,13 @@
 import json
 from pathlib import Path
 
+import lm_eval.tasks
 import pytest
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.models.huggingface import HFLM
 
 import dejavu
+from dejavu.checkpoint.source import open_checkpoint
 
 ROWS = {
     "lambada": [
@@ -36,6 +40,20 @@ miller carried the sacks up to the second floor. When the railway came to the va
 the town, and the wheel stopped."""
 
 
+FOLDERS = ("lambada", "piqa", "hellaswag", "winogrande", "super_glue", "glue/rte", "openbookqa", "arc", "blimp",
+           "wikitext")  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_tasks():
+    """The harness's index holds the tasks that we name; one of all its tasks takes many seconds."""
+    folders = [Path(lm_eval.tasks.__file__).parent / name for name in FOLDERS]
+    manager = lm_eval.tasks.TaskManager(include_path=folders, include_defaults=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dejavu.evaluate.tasks._manager", lambda: manager)
+        yield manager
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
@@ -48,3 +66,16 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def base() -> dejavu.Engine:
     return dejavu.load("opt-mini", dtype="fp32", mode="dense")
+
+
+@pytest.fixture(scope="session")
+def harness(few_tasks):
+    """`harness(tasks, model)`: results of the harness's own evaluation, as a rule of its Hugging Face model."""
+    path = str(open_checkpoint("opt-mini").path)
+    hugging_face = HFLM(pretrained=path, device="cpu", dtype="float32", batch_size=2)
+
+    def evaluate(tasks, model=hugging_face) -> dict:
+        return simple_evaluate(model, tasks=tasks, bootstrap_iters=0, task_manager=few_tasks)["results"]
+
+    evaluate.model = hugging_face
+    return evaluate

@@ -157,3 +157,5 @@ def test_perplexity_and_its_ratio():
     ratio = stats.perplexity_ratio([-2.2, -4.4], [-2.0, -4.0], [1, 2])
     assert ratio["difference"] == pytest.approx(math.exp(0.2) - 1) and ratio["low"] == pytest.approx(ratio["high"])
     assert math.isinf(stats.perplexity([-2.0], [1])[1])
+    single = stats.perplexity_ratio([-2.2], [-2.0], [1])
+    assert single["low"] == -math.inf and single["high"] == math.inf

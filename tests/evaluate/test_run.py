@@ -2,14 +2,12 @@
 
 import json
 import math
+import re
 
 import pytest
-from lm_eval.evaluator import simple_evaluate
-from lm_eval.models.huggingface import HFLM
 from typer.testing import CliRunner
 
 import dejavu
-from dejavu.checkpoint.source import open_checkpoint
 from dejavu.cli.main import app
 from dejavu.errors import ConfigError
 from dejavu.evaluate import report
@@ -33,35 +31,30 @@ def result(base, engines, data):
     return Evaluation(base, [*TASKS, "prose"], data_dir=data, window=64).run(engines)
 
 
-@pytest.fixture(scope="module")
-def hugging_face():
-    return HFLM(pretrained=str(open_checkpoint("opt-mini").path), device="cpu", dtype="float32", batch_size=2)
-
-
-def test_dense_scores_are_those_of_the_harness_own_model(result, hugging_face, data):
+def test_dense_scores_are_those_of_the_harness_own_model(result, harness, data):
     tasks = [read_local(name, data / f"{name}.jsonl").build(None) for name in TASKS]
-    theirs = simple_evaluate(hugging_face, tasks=tasks, bootstrap_iters=0)["results"]
+    theirs = harness(tasks)
     for name in TASKS:
         for metric, row in result["tasks"][name]["metrics"].items():
             assert row["dense"]["value"] == pytest.approx(theirs[name][f"{metric},none"], rel=1e-4), (name, metric)
 
 
-def test_few_shot_prompts_are_those_of_the_harness(base, engines, hugging_face, data):
+def test_few_shot_prompts_are_those_of_the_harness(base, engines, harness, data):
     dense = {"dense": engines["dense"]}
-    ours = Evaluation(base, ["lambada", "piqa"], data_dir=data, num_fewshot=2).run(dense)["tasks"]
+    ours = Evaluation(base, ["lambada", "piqa"], data_dir=data, num_fewshot=2).run(dense, speed=False)["tasks"]
     tasks = [read_local(name, data / f"{name}.jsonl").build(2) for name in ("lambada", "piqa")]
-    theirs = simple_evaluate(hugging_face, tasks=tasks, bootstrap_iters=0)["results"]
+    theirs = harness(tasks)
     for name, metric in (("lambada", "perplexity"), ("lambada", "acc"), ("piqa", "acc_norm")):
         value = ours[name]["metrics"][metric]["dense"]["value"]
         assert value == pytest.approx(theirs[name][f"{metric},none"], rel=1e-4)
 
 
-def test_perplexity_of_text_is_the_harness_rolling_one(base, result, hugging_face, data):
+def test_perplexity_of_text_is_the_harness_rolling_one(base, result, harness, data):
     class Text:
         args = ((data / "prose.detok.txt").read_text(),)
 
-    rolling = hugging_face.loglikelihood_rolling([Text()], disable_tqdm=True)[0]
-    prose = Evaluation(base, ["prose"], data_dir=data).run({"dense": base})["tasks"]["prose"]
+    rolling = harness.model.loglikelihood_rolling([Text()], disable_tqdm=True)[0]
+    prose = Evaluation(base, ["prose"], data_dir=data).run({"dense": base}, speed=False)["tasks"]["prose"]
     for level in ("word", "byte"):
         count = prose[f"{level}s"]
         value = prose["metrics"][f"{level}_perplexity"]["dense"]["value"]
@@ -87,7 +80,7 @@ def test_exact_is_dense_and_sparse_is_not(result):
 
 def test_decode_steps_give_the_same_scores(base, engines, result, data):
     some = {name: engines[name] for name in ("dense", "pack=opt-mini")}
-    stepped = Evaluation(base, ["piqa", "prose"], data_dir=data, window=64).run(some, path="steps")
+    stepped = Evaluation(base, ["piqa", "prose"], data_dir=data, window=64).run(some, path="steps", speed=False)
     for name in ("piqa", "prose"):
         for metric, row in stepped["tasks"][name]["metrics"].items():
             for setting in some:
@@ -104,22 +97,22 @@ def test_a_stopped_run_goes_on(base, engines, result, data, tmp_path, monkeypatc
     out, scored = tmp_path / "out", []
     real = Scores._score
 
-    def score(self, chunk):
+    def score(self, chunk, done):
         if len(scored) == 2:
             raise KeyboardInterrupt
         scored.append(chunk)
-        return real(self, chunk)
+        return real(self, chunk, done)
 
     monkeypatch.setattr(Scores, "_score", score)
     job = Evaluation(base, [*TASKS, "prose"], data_dir=data, window=64)
     monkeypatch.setattr("dejavu.evaluate.scores.LOGITS", 64 * base.config.vocab_size)
     with pytest.raises(KeyboardInterrupt):
-        job.run(engines, output=out)
+        job.run(engines, output=out, speed=False)
     with (out / SCORES_FILE).open("a") as file:
         file.write('{"keys": ["half a li')  # what a kill leaves
     scored.clear()
-    monkeypatch.setattr(Scores, "_score", lambda self, chunk: scored.append(chunk) or real(self, chunk))
-    again = job.run(engines, output=out)
+    monkeypatch.setattr(Scores, "_score", lambda self, chunk, done: scored.append(chunk) or real(self, chunk, done))
+    again = job.run(engines, output=out, speed=False)
     whole = sum(1 for line in (out / SCORES_FILE).open()) - 1
     assert 0 < len(scored) == whole - 2
     for name, task in result["tasks"].items():
@@ -130,8 +123,8 @@ def test_a_stopped_run_goes_on(base, engines, result, data, tmp_path, monkeypatc
                 )
     assert without_times(again) == without_times(json.loads((out / "results.json").read_text()))
     with pytest.raises(ConfigError, match="another model, setting or method"):
-        job.run({"dense": base}, output=out)
-    job.run({"dense": base}, output=out, overwrite=True)
+        job.run({"dense": base}, speed=False, output=out)
+    job.run({"dense": base}, speed=False, output=out, overwrite=True)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("")
     with pytest.raises(ConfigError, match="holds files that are no evaluation"):
@@ -144,19 +137,19 @@ def test_long_and_empty_documents_are_counted(base, data, tmp_path):
     rows = [{"context": "A word " * 1100, "continuation": "again"}, {"context": "The", "continuation": " "},
             {"context": "It was a", "continuation": "day"}]  # fmt: skip
     (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    found = Evaluation(base, ["long"], data_dir=tmp_path).run({"dense": base})
+    found = Evaluation(base, ["long"], data_dir=tmp_path).run({"dense": base}, speed=False)
     task = found["tasks"]["long"]
     assert (task["documents"], task["empty"], task["truncated"]) == (2, 1, 1)
     assert any("1 documents are empty" in note for note in report.notes(found))
     assert any("1 requests were longer than the context" in note for note in report.notes(found))
 
 
-def test_harness_loads_our_model_by_its_arguments(engines, result, data):
+def test_harness_loads_our_model_by_its_arguments(engines, result, harness, data):
     task = read_local("piqa", data / "piqa.jsonl").build(None)
     model = DejavuLM.create_from_arg_string(
         "pretrained=opt-mini,pack=opt-mini,dtype=fp32", {"batch_size": 1, "device": None}
     )
-    found = simple_evaluate(model, tasks=[task], bootstrap_iters=0)["results"]["piqa"]
+    found = harness([task], model)["piqa"]
     assert found["acc_norm,none"] == result["tasks"]["piqa"]["metrics"]["acc_norm"]["pack=opt-mini"]["value"]
 
     class Ask:
@@ -174,8 +167,20 @@ def test_eval_from_the_command_line(data, tmp_path):
     shown = cli("eval", "--pack", "opt-mini", "--tasks", "piqa,prose", "--data-dir", str(data), "--limit", "2")
     assert shown.exit_code == 0, shown.output
     assert "difference [95 %]" in shown.stdout and "tested to equal decode steps" in shown.stdout
-    made = cli("eval", "--mode", "dense", "--text", str(data / "prose.detok.txt"), "--text-tokens", "9", "--json")
-    assert json.loads(made.stdout)["tasks"]["prose"]["tokens"] == 9
+    assert "pack opt-mini: heads" in shown.stdout and "bootstrap" not in shown.output
+    text = ("--text", str(data / "prose.detok.txt"), "--text-tokens", "9")
+    made = json.loads(cli("eval", "--mode", "dense", *text, "--json", "--no-speed").stdout)
+    assert made["tasks"]["prose"]["tokens"] == 9 and made["decode"]["dense"]["ms_per_token"] is None
+    plain = cli("eval", "--mode", "dense", *text, "--no-speed")
+    assert plain.exit_code == 0 and "Read by layer" not in plain.stdout
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(data, monkeypatch):
+    monkeypatch.setattr("dejavu.cli.evaluate.LINE_S", 0)
+    shown = cli("eval", "--mode", "exact", "--text", str(data / "prose.detok.txt"), "--window", "40", "--no-speed")
+    first, last = shown.stderr.splitlines()
+    assert re.fullmatch(r"scored \d+ of \d+ tokens, 0:00:\d\d left", first)
+    assert last.endswith(", 0:00:00 left") and last.split()[1] == last.split()[3]
 
 
 def test_compare_from_the_command_line(data, tmp_path):

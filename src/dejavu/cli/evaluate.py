@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
 
 # Of the tables where no terminal says how wide it is.
 WIDTH = 160
+# Between two lines of progress where there is no bar.
+LINE_S = 15
 
 Model = Annotated[str | None, typer.Argument(help="A folder or hub id. [default: the bundled model]")]
 Tasks = Annotated[
@@ -55,6 +61,7 @@ Scoring = Annotated[
 Batch = Annotated[int, typer.Option(help="With --path steps: rows that decode together and share what they read.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="A folder; a stopped run goes on from it.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew in a folder that holds an evaluation.")]
+Speed = Annotated[bool, typer.Option("--speed/--no-speed", help="Time decoding too, and count its bytes.")]
 CalibrationText = Annotated[Path | None, typer.Option("--calibration", help="With policy static: a text for the set.")]
 
 
@@ -80,6 +87,7 @@ def evaluate(
     batch: Batch = 1,
     output: Output = None,
     overwrite: Overwrite = False,
+    speed: Speed = True,
     dtype: Dtype = "auto",
     weights: WeightsFormat = None,
     quantize_embeddings: QuantizeEmbeddings = False,
@@ -109,14 +117,14 @@ def evaluate(
         selection = SelectionConfig(policy, mlp_density, attn_density, kv=kv)
     if mode == "auto":
         mode = "dense" if selection is None else "sparse"
-    name = mode if selection is None else pack or f"{policy} {mlp_density:g}/{attn_density:g}"
+    name = mode if selection is None else f"pack {pack}" if pack else f"{policy} {mlp_density:g}/{attn_density:g}"
     settings = [Setting("dense", weights=weights)]
     if mode != "dense":
         settings.append(Setting(name, mode, selection, weights))
     engine = {"dtype": dtype, "threads": threads, "backend": backend, "revision": revision}
     documents = {"data_dir": data_dir, "texts": text or (), "num_fewshot": num_fewshot, "limit": limit}
     windows = {"text_tokens": text_tokens, "window": window, "stride": stride}
-    run = {"path": path, "batch": batch, "output": output, "overwrite": overwrite}
+    run = {"path": path, "batch": batch, "output": output, "overwrite": overwrite, "speed": speed}
     result = _run(model, settings, engine, quantize_embeddings, calibration, tasks, documents | windows, run)
     _show(result, output, as_json, [])
 
@@ -140,6 +148,7 @@ def compare(
     batch: Batch = 1,
     output: Output = None,
     overwrite: Overwrite = False,
+    speed: Speed = True,
     dtype: Dtype = "auto",
     quantize_embeddings: QuantizeEmbeddings = False,
     threads: Threads = None,
@@ -149,7 +158,7 @@ def compare(
 ) -> None:
     """Measure several settings over the same documents; the first is what the others are compared with.
 
-    With --output, quality over bytes read is drawn too.
+    With --output, quality over bytes read is drawn too, unless --no-speed leaves the bytes out.
 
     Example: dejavu compare dense exact pack=opt-mini pack=opt-mini,quality=20% --text book.txt -o results
     """
@@ -158,11 +167,11 @@ def compare(
     engine = {"dtype": dtype, "threads": threads, "backend": backend, "revision": revision}
     documents = {"data_dir": data_dir, "texts": text or (), "num_fewshot": num_fewshot, "limit": limit}
     windows = {"text_tokens": text_tokens, "window": window, "stride": stride}
-    run = {"path": path, "batch": batch, "output": output, "overwrite": overwrite}
+    run = {"path": path, "batch": batch, "output": output, "overwrite": overwrite, "speed": speed}
     every = [parse_setting(s) for s in settings]
     result = _run(model, every, engine, quantize_embeddings, calibration, tasks, documents | windows, run)
     figures = []
-    if output is not None:
+    if output is not None and speed:
         from dejavu.evaluate.report import save_figure
 
         figures = save_figure(result, output)
@@ -180,9 +189,6 @@ def _run(
     run: dict,
 ) -> dict:
     """Load what the settings need and evaluate, with a progress bar. Returns: results.json."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from dejavu import text
     from dejavu.checkpoint.source import BUNDLED
     from dejavu.evaluate.run import Evaluation
@@ -198,22 +204,50 @@ def _run(
     engines = make_engines(settings, load, learned)
     first = next(iter(engines.values()))
     job = Evaluation(first, [task for task in tasks.split(",") if task], **documents)
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     try:
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-            shown = bar.add_task("scoring tokens", total=None)
-            return job.run(
-                engines,
-                identity=identify(name, first, settings),
-                progress=lambda done, total: bar.update(shown, completed=done, total=total),
-                stage=lambda what: bar.update(shown, description=what),
-                **run,
-            )
+        with _progress() as (progress, stage):
+            return job.run(engines, identity=identify(name, first, settings), progress=progress, stage=stage, **run)
     except KeyboardInterrupt:
         kept = "nothing was kept (give --output)" if run["output"] is None else "the same command goes on from there"
         typer.echo(f"stopped; {kept}", err=True)
         raise typer.Exit(130) from None
+
+
+@contextmanager
+def _progress() -> Iterator[tuple[Callable[[int, int], None], Callable[[str], None]]]:
+    """Shows tokens scored, and the time left, on stderr: a bar, or where it is no terminal a line now and then."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines(), lambda _: None
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=600) as bar:
+        shown = bar.add_task("scoring tokens", total=None)
+
+        def progress(done: int, total: int) -> None:
+            if bar.tasks[shown].total is None:
+                bar.reset(shown, total=total, completed=done)  # what an earlier run scored says nothing of the speed
+            bar.update(shown, completed=done)
+
+        yield progress, lambda what: bar.update(shown, description=what)
+
+
+def _lines() -> Callable[[int, int], None]:
+    started = last = perf_counter()
+    first: int | None = None
+
+    def progress(done: int, total: int) -> None:
+        nonlocal first, last
+        first, now = done if first is None else first, perf_counter()
+        if done > first and now - last >= LINE_S:
+            left = round((now - started) / (done - first) * (total - done))
+            typer.echo(f"scored {done:,} of {total:,} tokens, {timedelta(seconds=left)} left", err=True)
+            last = now
+
+    return progress
 
 
 def _show(result: dict, output: Path | None, as_json: bool, figures: list[Path]) -> None:

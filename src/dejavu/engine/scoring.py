@@ -180,7 +180,7 @@ class _Active(Hooks):
 
     def neurons(self, layer: int, y: Tensor, h: Tensor) -> Tensor:
         self._tokens += len(h) if layer == 0 else 0
-        self._active[layer] += int((h != 0).sum())
+        self._active[layer] += int(h.count_nonzero())
         return h
 
     def report(self, reads: Reads) -> None:
@@ -202,9 +202,10 @@ class _Masks(TokenMasks):
     def neurons(self, layer: int, y: Tensor, h: Tensor) -> Tensor:
         kept = super().neurons(layer, y, h)
         if self._zeroing:
-            own = slice(None) if self._all is None else ~self._all
-            self._active[layer] += int((h[own] != 0).sum())
-            self._found[layer] += int((kept[own] != 0).sum())
+            for count, values in ((self._active, h), (self._found, kept)):
+                count[layer] += int(values.count_nonzero())
+                if self._all is not None:
+                    count[layer] -= int(values[self._all].count_nonzero())
         return kept
 
     def report(self, reads: Reads) -> None:

@@ -61,7 +61,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
         cells += ["-" if size is None else f"{size / 1e6:.1f}", "-" if ms is None else f"{ms:.2f}"]
         cells.append("-" if not ms or not base else f"{base / ms:.2f}")
         speed.add_row(setting, *cells)
-    return [*out, speed]
+    out.append(speed)
+    return out if settings == [reference] else [*out, _by_layer(result)]
 
 
 def notes(result: dict[str, Any]) -> list[str]:
@@ -121,6 +122,24 @@ def save_figure(result: dict[str, Any], folder: Path) -> list[Path]:
         with atomic_write(path, "wb") as file:
             drawn.savefig(file, format=path.suffix[1:], dpi=150)
     return files
+
+
+def _by_layer(result: dict[str, Any]) -> Table:
+    """What was read of each layer while scoring."""
+    from rich.table import Table
+
+    titles = {"heads": "heads", "mlp": "MLP", "mlp_recall": "recall"}
+    # What reads everything has nothing to show.
+    shown = {s: r for s, r in result["reads"].items() if r["mlp"] and any(x != 1 for x in r["mlp"] + r["heads"])}
+    table = Table(title="Read by layer, and the share of the non-zero neurons that was read")
+    table.add_column("layer", justify="right")
+    for setting in shown:
+        for title in titles.values():
+            table.add_column(f"{setting}: {title}" if title == "heads" else title, justify="right")
+    for layer in range(max((len(reads["mlp"]) for reads in shown.values()), default=0)):
+        cells = (reads[key] and f"{reads[key][layer]:.1%}" for reads in shown.values() for key in titles)
+        table.add_row(str(layer), *(cell or "-" for cell in cells))
+    return table
 
 
 def _title(result: dict[str, Any]) -> str:

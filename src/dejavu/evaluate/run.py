@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from math import isfinite
 from pathlib import Path
 from statistics import median
@@ -29,6 +29,7 @@ SCHEMA_VERSION = 1
 FEWSHOT_SEED = 1234  # the harness's own
 # Decoding is timed in turns of so many tokens after a prompt of so many.
 TIMED_PROMPT, TIMED_TOKENS, TIMED_ROUNDS = 128, 48, 3
+NOT_TIMED = {"prompt": None, "ms_per_token": None, "bytes_per_token": None, "bytes_by_part": None}
 
 
 class Evaluation:
@@ -106,6 +107,7 @@ class Evaluation:
         output: Path | None = None,
         overwrite: bool = False,
         identity: Mapping | None = None,
+        speed: bool = True,
         progress: Progress = lambda *_: None,
         stage: Callable[[str], None] = lambda _: None,
     ) -> dict:
@@ -117,6 +119,7 @@ class Evaluation:
             output: a folder for scores.jsonl, which a stopped run goes on from, and results.json.
             overwrite: start anew in a folder that holds an evaluation.
             identity: says which model and settings these are; with another, the folder is refused.
+            speed: time decode steps too.
             progress, stage: called with tokens done and in all, and with what is being done.
         Returns: what results.json holds; see docs/evaluate.md.
         Raises: ConfigError.
@@ -140,7 +143,7 @@ class Evaluation:
             "scoring_seconds": {name: round(seconds, 2) for name, seconds in table.seconds.items()},
         }
         stage("speed")
-        result["decode"] = time_decode(engines, self._requests())
+        result["decode"] = time_decode(engines, self._requests()) if speed else dict.fromkeys(engines, NOT_TIMED)
         result["seconds"] = round(perf_counter() - started, 1)
         if output is not None:
             write_json(output / RESULT_FILE, result)
@@ -286,9 +289,17 @@ def _open(output: Path | None, overwrite: bool) -> Path | None:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keeps the harness's progress bars off the terminal."""
-    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
-        yield
+    """Keeps the harness's bars and remarks off the terminal, and its bootstrap, a second's work, in this process."""
+    before = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), redirect_stdout(nowhere):
+            yield
+    finally:
+        if before is None:
+            del os.environ["DISABLE_MULTIPROC"]
+        else:
+            os.environ["DISABLE_MULTIPROC"] = before
 
 
 def _by_document(samples: list[dict]) -> list[dict]:

@@ -22,7 +22,7 @@ SCORES_FILE = "scores.jsonl"
 # Logits of one pass, at most: 2**25 numbers are 128 MB, and those of the reference are kept beside them.
 LOGITS = 1 << 25
 
-# Called with tokens scored, and tokens in all.
+# Called with tokens scored, and tokens in all; each counts once for every engine.
 Progress = Callable[[int, int], None]
 
 
@@ -70,24 +70,29 @@ class Scores:
         """Score what is not in the table yet. Interrupted, it loses the pass it is in and no more."""
         wanted = {_key(r): r for r in requests}
         missing = [(key, r) for key, r in wanted.items() if key not in self._table]
-        total = sum(r.length for r in wanted.values())
-        done = total - sum(r.length for _, r in missing)
+        total = len(self._engines) * sum(r.length for r in wanted.values())
+        done = total - len(self._engines) * sum(r.length for _, r in missing)
         progress(done, total)
         size = min(1024, max(64, LOGITS // next(iter(self._engines.values())).config.vocab_size))
         for chunk in passes([r for _, r in missing], size):
-            self._add(self._score([missing[i] for i in chunk]), keep=True)
-            done += sum(missing[i][1].length for i in chunk)
-            progress(done, total)
+            tokens, begun = sum(missing[i][1].length for i in chunk), done
+
+            def scored(engines: int, tokens: int = tokens, begun: int = begun) -> None:
+                progress(begun + engines * tokens, total)
+
+            self._add(self._score([missing[i] for i in chunk], scored), keep=True)
+            done += len(self._engines) * tokens
 
     def of(self, setting: str, request: Request) -> Score:
         """A score that was computed. Raises: KeyError."""
         return self._table[_key(request)][setting]
 
-    def _score(self, chunk: Sequence[tuple[str, Request]]) -> dict:
+    def _score(self, chunk: Sequence[tuple[str, Request]], scored: Callable[[int], None]) -> dict:
+        """A line of the file: one pass under every engine. `scored` is called with the engines that are done."""
         requests = [r for _, r in chunk]
         line: dict = {"keys": [key for key, _ in chunk], "settings": {}}
         reference: list[Tensor] | None = None
-        for name, scorer in self._scorers.items():
+        for number, (name, scorer) in enumerate(self._scorers.items(), 1):
             reads, started = Reads(self._engines[name]), perf_counter()
             logits = [x.log_softmax(1) for x in scorer.logits(requests, reads)]
             seconds = perf_counter() - started
@@ -95,6 +100,7 @@ class Scores:
             scores = [_compare(*x) for x in zip(requests, logits, reference, strict=True)]
             columns = {field: [getattr(s, field) for s in scores] for field in Score.__dataclass_fields__}
             line["settings"][name] = columns | {"reads": reads.to_dict(), "seconds": round(seconds, 4)}
+            scored(number)
         return line
 
     def _add(self, line: dict, keep: bool) -> None:

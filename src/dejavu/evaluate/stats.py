@@ -34,10 +34,13 @@ def perplexity(logprobs: Sequence[float], weights: Sequence[float]) -> tuple[flo
 
 
 def perplexity_ratio(ours: Sequence[float], theirs: Sequence[float], weights: Sequence[float]) -> dict[str, float]:
-    """The relative difference of two perplexities of the same documents (0.01: one percent more), with its interval."""
+    """The relative difference of two perplexities of the same documents (0.01: one percent more), with its interval.
+
+    A single document has none: its ends are infinite.
+    """
     lost = np.asarray(theirs, float) - np.asarray(ours, float)
     rate, error = lost.sum() / sum(weights), _rate_error(lost, weights)
-    low, high = (float(np.expm1(rate + k * error)) for k in (-Z, Z))
+    low, high = (float(np.expm1(rate + k * error)) if error < inf else k * inf for k in (-Z, Z))
     return {"difference": float(np.expm1(rate)), "low": low, "high": high}
 
 

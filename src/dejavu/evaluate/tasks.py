@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from dejavu.errors import ConfigError
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
 
 TASK_SUFFIXES = (".jsonl", ".jsonl.gz")
 TEXT_SUFFIXES = (".txt", ".txt.gz")
@@ -145,7 +147,7 @@ def resolve(names: Sequence[str], known: Sequence[str], where: str) -> list[str]
     for name in wanted:
         if name not in known:
             close = get_close_matches(name, known, n=3, cutoff=0.5)
-            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            hint = f"; did you mean {' or '.join(close)}?" if close else "."
             listed = f" It has: {', '.join(known)}." if len(known) <= 30 else ""
             raise ConfigError(f"there is no task {name!r} {where}{hint}{listed}")
     return list(dict.fromkeys(wanted))
@@ -208,10 +210,8 @@ def _check(path: Path, number: int, row: Any, kind: Format) -> None:
 
 def hub_tasks(names: Sequence[str], num_fewshot: int | None) -> dict[str, Task]:
     """Tasks of the harness by name; groups stand for their members. Raises: ConfigError."""
-    from lm_eval.tasks import TaskManager
-
     quiet()
-    manager = TaskManager()
+    manager = _manager()
     names = resolve(names, manager.all_tasks, "in the lm-evaluation-harness")
     try:
         tasks = manager.load(names)["tasks"]
@@ -226,7 +226,15 @@ def hub_tasks(names: Sequence[str], num_fewshot: int | None) -> dict[str, Task]:
     return tasks
 
 
+@cache
+def _manager() -> TaskManager:
+    """The harness's index of its tasks, which takes seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
 def quiet() -> None:
-    """The harness's own remarks stay out of ours."""
-    for name in ("lm_eval", "datasets"):
+    """The harness's own remarks stay out of ours, and so does every try to reach a hub that is not there."""
+    for name in ("lm_eval", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)

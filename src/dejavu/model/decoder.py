@@ -269,8 +269,8 @@ class Decoder:
         r = self.config.heads_per_group
         return F.scaled_dot_product_attention(
             q[None].to(keys.dtype),
-            keys.repeat_interleave(r, 0)[None],
-            values.repeat_interleave(r, 0)[None],
+            _each(keys, r)[None],
+            _each(values, r)[None],
             attn_mask=mask,
             is_causal=mask is None,
             scale=self.scale,
@@ -316,4 +316,11 @@ def _matmul(x: Tensor, w: Tensor) -> Tensor:
         return (x.to(w.dtype) @ w).float()
     # A CPU without bf16 arithmetic multiplies bf16 matrices 15 times slower than float32 ones: convert, piece by piece.
     step = max(1, _CONVERT_ELEMENTS // w[..., :1].numel())
+    if step >= w.shape[-1]:
+        return x @ w.float()
     return torch.cat([x @ w[..., n : n + step].float() for n in range(0, w.shape[-1], step)], -1)
+
+
+def _each(x: Tensor, times: int) -> Tensor:
+    """Every group of x (G, T, D) as often as its heads need it, (G * times, T, D): a view where that is once."""
+    return x[:, None].expand(-1, times, -1, -1).flatten(0, 1)

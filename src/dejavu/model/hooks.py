@@ -74,5 +74,5 @@ class TokenMasks(Hooks):
         mask = self._selector.cuts[layer][part].mask(scores)
         if self._all is not None:
             mask |= self._all[:, None]
-        self.kept[layer, part] += int(mask.sum()) - whole * values.shape[1]
-        return torch.where(mask.view(*mask.shape, *(1,) * (values.dim() - 2)), values, 0.0)
+        self.kept[layer, part] += int(mask.count_nonzero()) - whole * values.shape[1]
+        return values * mask.view(*mask.shape, *(1,) * (values.dim() - 2))

@@ -33,11 +33,14 @@ class NearestSelector(ScoreSelector):
         self._total = config.intermediate_size
         self._indexes = []
         for (_, cut), layer in zip(cuts, weights.layers, strict=True):
+            if cut is None:
+                self._indexes.append(None)
+                continue
             rows, bias = dense(layer.mlp.rows[:, 0]).cpu(), layer.mlp.in_bias
             bias = torch.zeros(len(rows), 1) if bias is None else bias.view(len(rows), -1)[:, :1].cpu()
             index = hnswlib.Index(space="ip", dim=rows.shape[1] + 1)
             index.init_index(max_elements=len(rows), ef_construction=200, M=32, random_seed=0)
-            index.set_ef(max(2 * cut.k, 64) if cut else 64)
+            index.set_ef(max(2 * cut.k, 64))
             index.set_num_threads(1)
             index.add_items(torch.cat((rows, bias), 1).numpy(), num_threads=1)
             self._indexes.append(index)

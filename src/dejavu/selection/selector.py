@@ -78,9 +78,13 @@ class Cut:
             if over.any():
                 mask[over] = Cut(self.k).mask(scores[over])
             return mask
-        last = scores.topk(min(self.k, scores.shape[1]), dim=1).values[:, -1:]
-        above, ties = scores > last, scores == last
-        return above | (ties & (ties.cumsum(1) <= self.k - above.sum(1, keepdim=True)))
+        last = scores.topk(min(self.k, scores.shape[1]), dim=1, sorted=False).values.amin(1, keepdim=True)
+        mask = scores >= last
+        over = mask.sum(1) > self.k
+        if over.any():
+            above, ties = scores[over] > last[over], scores[over] == last[over]
+            mask[over] = above | (ties & (ties.cumsum(1) <= self.k - above.sum(1, keepdim=True)))
+        return mask
 
 
 class ScoreSelector:
