@@ -59,7 +59,7 @@ class DecodeStep:
         self._steps = 0
         self._selector = None
         if selector is not None:
-            self._selector = _Watched(selector, L, decoder.config.num_attention_heads, decoder.device)
+            self._selector = Watched(selector, L, decoder.config.num_attention_heads, decoder.device)
         self._graph = None
         if can_capture(decoder, selector):
             self._capture()
@@ -176,7 +176,7 @@ def can_capture(decoder: Decoder, selector: Selector | None) -> bool:
     return hasattr(decoder.ops, "capture") and (selector is None or selector.capturable)
 
 
-class _Watched:
+class Watched:
     """A selector, and how many heads it has selected in each layer: `totals` (L,) int64.
 
     `count` adds a step's counts: on a GPU as part of the step, which thus never waits for the host; else after it,
@@ -192,6 +192,7 @@ class _Watched:
     def _lead(self, selector: Selector) -> None:
         self._selector, self.capturable = selector, selector.capturable
         self.advance, self.begin, self.neurons = selector.advance, selector.begin, selector.neurons
+        self.collect = selector.collect
         self.nbytes = getattr(selector, "nbytes", 0)
         # By layer that selects; captured counts are buffers that every replay renews.
         self._counts: dict[int, Tensor | np.ndarray] = {}
