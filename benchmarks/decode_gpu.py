@@ -333,7 +333,8 @@ class Run:
                 self.add(name, op, 0, result, density=result["density"])
 
     def table(self) -> None:
-        columns = ("shape", "prompt", "dense ms", "of bw", "exact ms", "sparse ms", "of bw", "x dense", "x HF eager")
+        columns = ("shape", "prompt", "dense ms", "of bw", "exact ms", "sparse ms", "of bw", "x dense")
+        columns += ("x HF eager", "x compiled")
         print(f"\n{self.rows_header if self.limit else 'no GPU'}; random weights, batch 1")
         print("".join(f"{c:>14}" if i == 0 else f"{c:>11}" for i, c in enumerate(columns)) + "  predictor")
         for name in self.args.shape:
@@ -348,7 +349,8 @@ class Run:
                     if mode != "exact":
                         line.append(f"{row[mode]['bandwidth_share'] or 0:11.0%}")
                 line.append(f"{ms['dense'] / ms['sparse']:11.2f}")
-                line.append(f"{ms['HF eager'] / ms['sparse']:11.2f}" if "HF eager" in ms else f"{'-':>11}")
+                for other in ("HF eager", "HF compiled"):
+                    line.append(f"{ms[other] / ms['sparse']:11.2f}" if other in ms else f"{'-':>11}")
                 if COSTS[1] in ms:
                     beside, inline = (1 - ms[COSTS[1]] / ms[mode] for mode in ("sparse", COSTS[0]))
                     line.append(f"  {beside:.1%} beside, {inline:.1%} in line")

@@ -128,11 +128,11 @@ class DecodeStep:
     def _capture(self) -> None:
         with torch.inference_mode():
             if self._decoder.device.type == "cuda":
-                # Kernels are compiled at their first call, which cannot be captured. It repeats the last step in place,
-                # to no effect but on counts.
+                # Kernels are compiled at their first call, which cannot be captured. It repeats the last step in place.
                 counts = [self.rows_read] if self._selector is None else [self.rows_read, self._selector.totals]
                 before = [count.clone() for count in counts]
-                self._step()
+                with self.cache.unchanged(self._inputs[1].long()):
+                    self._step()
                 for count, value in zip(counts, before, strict=True):
                     count.copy_(value)
             with self._decoder.ops.capture() as capture:
