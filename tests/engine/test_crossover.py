@@ -78,7 +78,7 @@ class Then:
 
     def __init__(self, selector, steps):
         self._selector, self._left = selector, steps + 1
-        self.cuts, self.begin = selector.cuts, selector.begin
+        self.cuts, self.begin, self.collect = selector.cuts, selector.begin, selector.collect
 
     def advance(self):
         self._selector.advance()

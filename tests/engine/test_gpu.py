@@ -5,9 +5,11 @@ import torch
 
 import dejavu
 from dejavu.engine.crossover import Costs, measure_costs
-from dejavu.engine.step import DecodeStep
+from dejavu.engine.step import FIRST_LOOK, DecodeStep
 from dejavu.kernels import beside
-from dejavu.selection import make_selector
+from dejavu.selection import Cut, make_selector
+from dejavu.selection.pack import Pack, Point
+from dejavu.selection.predictor import Lookahead, Predictor
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,6 +49,48 @@ def test_sparse_text_is_the_reference_backends(tiny_checkpoint, policy, kv):
         assert ours.stats.step_bytes == pytest.approx(theirs.stats.step_bytes)
 
 
+@pytest.mark.parametrize("prompts", [[[1, 2, 3]], [[1, 2, 3], [4, 5, 6, 7, 8]]], ids=["one", "batch"])
+@pytest.mark.parametrize("weights", ["int8", "int4", "int4-g32z"])
+def test_quantised_text_is_the_reference_backends(tiny_checkpoint, weights, prompts):
+    folder, settings = tiny_checkpoint(), {"dtype": "fp32", "weights": weights, "quantize_embeddings": True}
+    ours, theirs = (
+        dejavu.load(folder, backend=backend, **settings).generate(prompts, max_new_tokens=30)
+        for backend in ("triton", "reference")
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.token_ids == b.token_ids
+        assert a.stats.step_bytes == pytest.approx(b.stats.step_bytes)
+
+
+@pytest.mark.parametrize("weights", [None, "int4"])
+@pytest.mark.parametrize("prompts", [[[1, 2, 3]], [[1, 2, 3], [4, 5, 6, 7, 8]]], ids=["one", "batch"])
+def test_a_packs_text_is_the_reference_backends(tiny_checkpoint, tmp_path, prompts, weights):
+    """Predictors of random weights, beside the step on a second stream."""
+    folder = tiny_checkpoint()
+    engine = dejavu.load(folder, backend="reference", dtype="fp32")
+    c = engine.decoder.config
+    generator = torch.Generator().manual_seed(0)
+    predictors, cuts = {}, []
+    for block in range(2 * c.num_hidden_layers):
+        units = (c.num_attention_heads, c.intermediate_size)[block % 2]
+        up = torch.randn(units, 16, generator=generator)
+        predictors[block] = Predictor(torch.randn(16, c.hidden_size, generator=generator) / 4, up, torch.zeros(units))
+        cuts.append(Cut(units // 2 + 1, 0.5))
+    measured = {"ppl_increase": 0.0, "kl": 0.0, "mlp_density": 0.5, "attn_density": 0.5, "bytes": 1.0}
+    base = {"name": "tiny", "hash": engine.checkpoint.hash}
+    Pack(base, Lookahead(), predictors, [Point(tuple(cuts), measured)], 0).save(tmp_path / "pack")
+    # What is read whole depends on the machine's speed, and the reference backend measures none.
+    selection = dejavu.SelectionConfig("predictor", pack=str(tmp_path / "pack"), kv="lazy", crossover=False)
+    settings = {"dtype": "fp32", "selection": selection} | ({} if weights is None else {"weights": weights})
+    ours, theirs = (
+        dejavu.load(folder, backend=backend, **settings).generate(prompts, max_new_tokens=30)
+        for backend in ("triton", "reference")
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.token_ids == b.token_ids
+        assert a.stats.step_bytes == pytest.approx(b.stats.step_bytes)
+
+
 def test_sparse_graph_equals_eager_bit_for_bit_with_lookahead_beside(tiny_checkpoint):
     """The step is replayed while a second stream scores what comes next; in line the logits are the same."""
     engine = dejavu.load(tiny_checkpoint(), backend="triton")
@@ -68,6 +112,9 @@ def test_sparse_graph_equals_eager_bit_for_bit_with_lookahead_beside(tiny_checkp
 
         def begin(self, x):
             self._heads = None
+
+        def collect(self, layer, part):
+            pass
 
         def heads(self, layer, y, attend):
             result = None if self._heads is None else self._heads()
@@ -99,16 +146,16 @@ def test_sparse_graph_equals_eager_bit_for_bit_with_lookahead_beside(tiny_checkp
 
 
 def test_what_selections_do_not_pay_for_is_read_whole(tiny_checkpoint):
-    """Captured anew in the middle of a text: counts go on, and the text is that of the CPU's kernels."""
-    pytest.importorskip("dejavu.kernels.cpu._native", exc_type=ImportError)
+    """Captured anew in the middle of a text: counts go on, and the logits are those of a step told to do so."""
     folder, selection = tiny_checkpoint(), dejavu.SelectionConfig("random", 0.4, 0.5, kv="lazy", pending=4, seed=3)
     never = Costs((9.0, 0.0), 1.0, (9.0, 0.0, 0.0), (1.0, 0.0))
     logits = []
-    for backend in ("triton", "cpu"):
+    for backend in ("triton", "reference"):
         d = dejavu.load(folder, dtype="fp32", backend=backend).decoder
         selector = make_selector(selection, d.config, d.weights, d.ops)
-        assert measure_costs(d, 2, 4, selector).heads_whole > 0
-        step = DecodeStep(d, 2, 64, "sparse", selector, 4, never)
+        if backend == "triton":
+            assert measure_costs(d, 2, 4, selector).heads_whole > 0
+        step = DecodeStep(d, 2, 64, "sparse", selector, 4, never if backend == "triton" else None)
         for row in (0, 1):
             step.prefill(row, [1, 2, 3 + row])
         step.reset_counts()
@@ -117,7 +164,10 @@ def test_what_selections_do_not_pay_for_is_read_whole(tiny_checkpoint):
             step.feed(0, token)
             step.feed(1, token + 20)
             out.append(step.run().clone())
-        assert step.whole == ((0, 1), (0, 1))
+            if backend == "reference" and len(out) == FIRST_LOOK:
+                step._selector.read_whole({(layer, part) for layer in (0, 1) for part in (0, 1)})
+        if backend == "triton":
+            assert step.whole == ((0, 1), (0, 1))
         assert (step.heads_read == 4 * 2 + 11 * 3).all()
         logits.append(torch.stack(out))
     # float32 on both; GEMMs of the prompt differ most

@@ -76,6 +76,8 @@ def test_everything_selected_by_index_is_dense_bit_for_bit(model):
 
         def begin(self, x): ...
 
+        def collect(self, layer, part): ...
+
         def heads(self, layer, y, attend):
             return self.all[0]
 

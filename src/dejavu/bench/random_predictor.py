@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import NormalDist
 from types import ModuleType
 
 import torch
@@ -24,10 +25,15 @@ def random_predictor(
     selection: SelectionConfig,
     dtype: torch.dtype = torch.bfloat16,
     quantized: RowFormat | None = None,
+    *,
+    by_threshold: bool = False,
 ) -> PredictorSelector:
     """Low-rank scores of neurons and linear scores of heads, each a block ahead, in which every token keeps the best:
     so that a single token's densities are those asked for. In random models the rows of a batch have hidden states that
     are much alike, so their union is smaller than that of independent rows (settings.fixed_sets).
+
+    By threshold, as in a fitted pack, a token's densities are only about those asked for: scores of random weights are
+    normal, of unit size.
 
     Args:
         ops: the kernel backend, whose `empty` allocates.
@@ -38,15 +44,18 @@ def random_predictor(
     C, rank = config.hidden_size, predictor_rank(config)
     predictors, cuts = {}, []
 
+    def cut(k: int, n: int) -> Cut:
+        return Cut(min(n, 2 * k), NormalDist().inv_cdf(1 - k / n)) if by_threshold else Cut(k)
+
     def matrix(rows: int, width: int) -> Weight:
         return _random((rows, width), ops, dtype, quantized)
 
     for layer in range(config.num_hidden_layers):
         totals = config.num_attention_heads, config.intermediate_size
         kept = selection.counts(layer, config)
-        cuts.append(tuple(Cut(k) if k < n else None for k, n in zip(kept, totals, strict=True)))
-        for part, (units, cut) in enumerate(zip(totals, cuts[-1], strict=True)):
-            if cut is not None:
+        cuts.append(tuple(cut(k, n) if k < n else None for k, n in zip(kept, totals, strict=True)))
+        for part, (units, limit) in enumerate(zip(totals, cuts[-1], strict=True)):
+            if limit is not None:
                 down, up = (None, matrix(units, C)) if part == 0 else (matrix(rank, C), matrix(units, rank))
                 bias = ops.empty((units,), torch.float32).zero_()
                 predictors[2 * layer + part] = Predictor(down, up, bias)

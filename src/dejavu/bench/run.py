@@ -197,7 +197,7 @@ class _Clock:
 
     def __init__(self, selector, captured: bool, clock: _Clock | None = None):
         self._selector, self._captured, self._first = selector, captured, clock or self
-        self.capturable, self.cuts = selector.capturable, selector.cuts
+        self.capturable, self.cuts, self.collect = selector.capturable, selector.cuts, selector.collect
         self.nbytes = getattr(selector, "nbytes", 0)
         self.seconds = 0.0
         self.advance = self._timed(selector.advance)

@@ -59,7 +59,7 @@ class DecodeStep:
         self._steps = 0
         self._selector = None
         if selector is not None:
-            self._selector = _Watched(selector, L, decoder.config.num_attention_heads, decoder.device)
+            self._selector = Watched(selector, L, decoder.config.num_attention_heads, decoder.device)
         self._graph = None
         if can_capture(decoder, selector):
             self._capture()
@@ -136,11 +136,11 @@ class DecodeStep:
     def _capture(self) -> None:
         with torch.inference_mode():
             if self._decoder.device.type == "cuda":
-                # Kernels are compiled at their first call, which cannot be captured. It repeats the last step in place,
-                # to no effect but on counts.
+                # Kernels are compiled at their first call, which cannot be captured. It repeats the last step in place.
                 counts = [self.rows_read] if self._selector is None else [self.rows_read, self._selector.totals]
                 before = [count.clone() for count in counts]
-                self._step()
+                with self.cache.unchanged(self._inputs[1].long()):
+                    self._step()
                 for count, value in zip(counts, before, strict=True):
                     count.copy_(value)
             with self._decoder.ops.capture() as capture:
@@ -184,7 +184,7 @@ def can_capture(decoder: Decoder, selector: Selector | None) -> bool:
     return hasattr(decoder.ops, "capture") and (selector is None or selector.capturable)
 
 
-class _Watched:
+class Watched:
     """A selector, and how many heads it has selected in each layer: `totals` (L,) int64.
 
     `count` adds a step's counts: on a GPU as part of the step, which thus never waits for the host; else after it,
@@ -200,6 +200,7 @@ class _Watched:
     def _lead(self, selector: Selector) -> None:
         self._selector, self.capturable = selector, selector.capturable
         self.advance, self.begin, self.neurons = selector.advance, selector.begin, selector.neurons
+        self.collect = selector.collect
         self.nbytes = getattr(selector, "nbytes", 0)
         # By layer that selects; captured counts are buffers that every replay renews.
         self._counts: dict[int, Tensor | np.ndarray] = {}

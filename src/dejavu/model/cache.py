@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,21 @@ class KVCache:
         hidden = None if pending is None else empty((L, batch, pending, config.hidden_size), torch.float32)
         kv_len = None if pending is None else empty((L, batch, G), torch.int32).zero_()
         return cls(empty(shape, dtype), empty(shape, dtype), cos_sin, hidden, kv_len)
+
+    @contextmanager
+    def unchanged(self, positions: Tensor) -> Iterator[None]:
+        """Inside, a step may repeat the tokens at `positions` (B,) int64 with another selection; then it is undone.
+
+        What it writes of earlier tokens stays: these were pending, and are projected anew, from the same inputs.
+        """
+        rows, every = torch.arange(self.batch, device=positions.device), slice(None)
+        places = [(self.k, (every, rows, every, positions)), (self.v, (every, rows, every, positions))]
+        if self.hidden is not None:
+            places += [(self.hidden, (every, rows, positions % self.hidden.shape[2])), (self.kv_len, ())]
+        before = [tensor[place].clone() for tensor, place in places]
+        yield
+        for (tensor, place), value in zip(places, before, strict=True):
+            tensor[place] = value
 
     @property
     def batch(self) -> int:

@@ -102,10 +102,14 @@ class Decoder:
         # `x` is the residual stream; `partials` and `bias` are what the last block adds to it.
         partials = bias = None
         for i, layer in enumerate(w.layers):
+            if selector is not None:
+                selector.collect(i, 0)
             y = self._norm(x, partials, bias, layer.attn_norm) if c.norm_before else x
             every = partial(self._attend, y, layer, positions, cache, i, None, lazy=False)
             heads = None if selector is None else selector.heads(i, y, every)
             partials = self.attention_block(y, layer, positions, cache, i, heads)
+            if selector is not None:
+                selector.collect(i, 1)
             y = self._norm(x, partials, layer.attn.out_bias, layer.mlp_norm if c.norm_before else layer.attn_norm)
             neurons = None if selector is None else selector.neurons(i, y)
             partials, bias = (

@@ -87,6 +87,7 @@ class PredictorSelector(ScoreSelector):
                 self._targets.setdefault(self._lookahead.source(block), []).append(block)
         self._scores: dict[int, Tensor] = {}
         self._pending: dict[int, Callable[[], tuple[Tensor, Tensor]]] = {}
+        self._collected: dict[int, tuple[Tensor, Tensor]] = {}
 
     def without(self, parts: Collection[Part]) -> Self:
         other = super().without(parts)
@@ -98,6 +99,11 @@ class PredictorSelector(ScoreSelector):
 
     def neuron_scores(self, layer: int, y: Tensor) -> Tensor | None:
         return self._score(2 * layer + NEURONS, y)
+
+    def collect(self, layer: int, part: int) -> None:
+        block = 2 * layer + part
+        if block in self._pending:
+            self._collected[block] = self._pending.pop(block)()
 
     def heads(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> Selection:
         return self._select(2 * layer + HEADS, y)
@@ -124,5 +130,5 @@ class PredictorSelector(ScoreSelector):
                 return cut.select(self._ops, self._predictors[target].scores(self._ops, y))
 
             self._pending[target] = beside(self._ops, predict, y)
-        pending = self._pending.pop(block, None)
-        return None if pending is None else pending()
+        self.collect(block // 2, block % 2)
+        return self._collected.pop(block, None)

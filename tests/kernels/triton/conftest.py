@@ -55,9 +55,9 @@ def small_tiles(monkeypatch):
     torch.manual_seed(0)
     if not INTERPRETED:
         return
-    small = {"BN": 16, "BC": 32, "FEW_BC": 32, "SPLIT": 2, "BT": 16, "SPLITS": 12, "num_warps": 1}
+    small = {"BN": 16, "BC": 32, "SPLIT": 2, "BT": 16, "SPLITS": 12, "PROGRAMS": 3, "num_warps": 1}
     # Four bits are read by lines of 64 values in a batch of one.
-    lines = small | {"BC": 64, "FEW_BC": 64}
+    lines = small | {"BC": 64}
     table = {
         key: tuple(
             {

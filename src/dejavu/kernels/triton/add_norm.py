@@ -28,6 +28,7 @@ def _add_norm(
     S: tl.constexpr,
     C: tl.constexpr,
     CP: tl.constexpr,
+    UNROLL: tl.constexpr,
     PDL: tl.constexpr,
 ):
     b = tl.program_id(0)
@@ -41,7 +42,7 @@ def _add_norm(
     if partials_ptr is not None:
         total = tl.zeros((CP,), tl.float32)
         # Unrolled by the compiler, so that several loads are on their way at once.
-        for s in tl.range(0, S, loop_unroll_factor=4):
+        for s in tl.range(0, S, loop_unroll_factor=UNROLL):
             total += tl.load(partials_ptr + (s * B + b) * C + cols, mask=inside, other=0.0)
         if partial_bias_ptr is not None:
             total += tl.load(partial_bias_ptr + cols, mask=inside, other=0.0)

@@ -1,9 +1,13 @@
-"""Queries of the selected heads, and the keys and values that they need, in one launch.
+"""Queries of the selected heads, and the keys and values that they need.
 
 A program makes BN rows of one part (a query head, a key or a value) of one group: half of them from the first half
-of the head and half from the second, so that rotary pairs meet in it. Lazy keys and values of all rows of the batch
-are one list of pending tokens, worked through SLOTS at a time: as a rule the weights are read once. A single sequence
-mostly has few of them, which need no tensor cores.
+of the head and half from the second, so that rotary pairs meet in it.
+
+Lazy keys and values take a second launch. The first makes the queries, and of a single sequence the keys and values of
+groups in which the newest token alone is pending; few registers serve these, so many programs fit. The second works
+through what else is pending: all rows of the batch are one list of tokens, cut into chunks of SLOTS, each an item of
+its own, so that a group with many pending tokens keeps no program busy for longer than others. A single sequence mostly
+has few of them, which need no tensor cores: its chunks are of FEW. The second launch begins while the first one ends.
 """
 
 from __future__ import annotations
@@ -16,13 +20,19 @@ from torch import Tensor
 from dejavu.kernels.quantized import Weight
 from dejavu.kernels.reference import Selection
 from dejavu.kernels.triton import tuning
-from dejavu.kernels.triton.rows import project, project_few, project_many, row_args
-from dejavu.kernels.triton.tiles import begin, count_in, group_selected, padded_batch, selection_args, tickets
+from dejavu.kernels.triton.rows import FEW, PLANES, few_pending, project, project_few, project_many, row_args, spread
+from dejavu.kernels.triton.tiles import (
+    begin,
+    count_in,
+    let_next_begin,
+    padded_batch,
+    selection_args,
+    tickets,
+)
 
-# Pending tokens that one reading of a group's weights serves: of one sequence without tensor cores, and with them,
-# which multiply SLOT_BC columns a warp.
-_FEW = 4
-_SLOTS, _SLOT_BC = 16, 32
+# Pending tokens that one reading of a group's weights serves on the tensor cores, of one sequence and of several, and
+# columns that they multiply at a time. More at once would be less work, but the longest item of a launch.
+_SLOTS, _SLOT_BC = (8, 16), 32
 _COPY = 256
 
 
@@ -69,15 +79,14 @@ def _finish(
         tl.store(q_ptr + query[:, None] * D + d[None, :], acc, mask=mask)
     else:
         at = ((b * G + group).to(tl.int64) * S + token)[:, None] * D + d[None, :]
-        if part == R:
-            tl.store(k_ptr + at, acc.to(k_ptr.dtype.element_ty), mask=mask)
-        else:
-            tl.store(v_ptr + at, acc.to(v_ptr.dtype.element_ty), mask=mask)
+        tl.store(tl.where(part == R, k_ptr, v_ptr) + at, acc.to(k_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _pending(token, newest, x_ptr, hidden_ptr, P, C: tl.constexpr):
+def _pending(token, newest, x_ptr, planes_ptr, hidden_ptr, P, C: tl.constexpr, PLANES: tl.constexpr):
     """The normalised input of a token of the only sequence. The newest is still in x: others write it to the ring."""
+    if planes_ptr is not None:
+        return planes_ptr + tl.maximum(newest - token, 0) * PLANES
     source = tl.where(token >= newest, x_ptr, hidden_ptr + (token % P).to(tl.int64) * C)
     if C % 4 == 0:
         source = tl.multiple_of(source, 16)
@@ -85,8 +94,120 @@ def _pending(token, newest, x_ptr, hidden_ptr, P, C: tl.constexpr):
 
 
 @triton.jit
+def _rows(group, part, tile, R: tl.constexpr, D: tl.constexpr, STRIDE: tl.constexpr, BN: tl.constexpr):
+    """The rows (BN,) of one tile of a part of a group: places in the head, whether they exist, and their offsets."""
+    HALF: tl.constexpr = (D + 1) // 2
+    row = tl.arange(0, BN)
+    pair = tile * (BN // 2) + row % (BN // 2)
+    d = pair + row // (BN // 2) * HALF
+    return d, (pair < HALF) & (d < D), ((group * (2 * R + 2) + part) * D + d).to(tl.int64) * STRIDE
+
+
+@triton.jit
+def _selected(idx_ptr, count_ptr, groups, R: tl.constexpr, CAPACITY: tl.constexpr):
+    """Which groups have a selected head."""
+    if idx_ptr is None:
+        return groups >= 0
+    else:
+        slot = tl.arange(0, triton.next_power_of_2(CAPACITY))
+        live = (slot < tl.load(count_ptr)) & (slot < CAPACITY)
+        group = tl.where(live, tl.load(idx_ptr + slot, mask=live, other=0) // R, -1)
+        return tl.max((group[:, None] == groups[None, :]).to(tl.int32), axis=0) > 0
+
+
+@triton.jit
 def _attn_qkv(
     x_ptr,
+    planes_ptr,
+    w_ptr,
+    bias_ptr,
+    cos_sin_ptr,
+    positions_ptr,
+    k_ptr,
+    v_ptr,
+    idx_ptr,
+    count_ptr,
+    hidden_ptr,
+    kv_len_ptr,
+    q_ptr,
+    S,
+    P,
+    B: tl.constexpr,
+    G: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    VALUES: tl.constexpr,
+    SCALES: tl.constexpr,
+    ZERO: tl.constexpr,
+    BP: tl.constexpr,
+    COPY: tl.constexpr,
+    BN: tl.constexpr,
+    BC: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    begin(PDL)
+    if hidden_ptr is not None:
+        let_next_begin(PDL)
+    tile = tl.program_id(0)
+    item = tl.program_id(1)
+    b = tl.arange(0, BP)
+    positions = tl.load(positions_ptr + b, mask=b < B, other=0)
+    if hidden_ptr is not None:
+        # The slot that a token takes in the ring is not pending, so no program reads it meanwhile.
+        program = item * tl.num_programs(0) + tile
+        for i in range(program * COPY, B * C, tl.num_programs(0) * tl.num_programs(1) * COPY):
+            at = i + tl.arange(0, COPY)
+            row = at // C
+            slot = tl.load(positions_ptr + row, mask=row < B, other=0) % P
+            value = tl.load(x_ptr + at, mask=row < B, other=0.0)
+            tl.store(hidden_ptr + (row * P + slot) * C + at % C, value, mask=row < B)
+
+    # Which part of which group. Lazy: what each selected head needs; else queries, then every group's key and value.
+    if hidden_ptr is not None or item < CAPACITY:
+        PARTS: tl.constexpr = 1 if hidden_ptr is None or B > 1 else 3
+        slot = item // PARTS
+        head = slot
+        active = slot < CAPACITY
+        if idx_ptr is not None:
+            active = slot < tl.load(count_ptr)
+            head = tl.load(idx_ptr + slot, mask=active, other=0)
+        group = head // R
+        part = head % R
+        if PARTS == 3:  # noqa: SIM102 - settled while compiling, as an `and` would not be
+            if item % 3 > 0:
+                part = R + item % 3 - 1
+                # Of the group's selected heads the first sees to it, where the newest token alone is pending.
+                if R > 1:
+                    before = slot - 1
+                    if idx_ptr is not None:
+                        before = tl.load(idx_ptr + before, mask=active & (slot > 0), other=-R)
+                    active = active & ((slot == 0) | (before // R != group))
+                active = active & (tl.load(positions_ptr) == tl.load(kv_len_ptr + group))
+    else:
+        group = (item - CAPACITY) // 2
+        part = R + (item - CAPACITY) % 2
+        active = item >= 0
+    if active:
+        d, row_mask, rows = _rows(group, part, tile, R, D, STRIDE, BN)
+        source = x_ptr if planes_ptr is None else planes_ptr
+        acc = project(source, w_ptr, rows, row_mask, B, C, BITS, GROUP, VALUES, SCALES, ZERO, BP, BN, BC, SPLIT, STAGES)
+        _finish(
+            acc, b, positions, b < B, group, part, tile, d, row_mask,
+            bias_ptr, cos_sin_ptr, q_ptr, k_ptr, v_ptr, S, G, R, D, BP, BN,
+        )  # fmt: skip
+
+
+@triton.jit
+def _attn_pending(
+    x_ptr,
+    planes_ptr,
     w_ptr,
     bias_ptr,
     cos_sin_ptr,
@@ -115,120 +236,91 @@ def _attn_qkv(
     ZERO: tl.constexpr,
     BP: tl.constexpr,
     FEW: tl.constexpr,
+    FEW_PENDING: tl.constexpr,
+    PLANES: tl.constexpr,
     SLOTS: tl.constexpr,
     SLOT_BC: tl.constexpr,
-    COPY: tl.constexpr,
     BN: tl.constexpr,
     BC: tl.constexpr,
-    FEW_BC: tl.constexpr,
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    begin(PDL)
-    tile = tl.program_id(0)
-    item = tl.program_id(1)
+    # Nothing that the launch before this one writes is read: what came before that one, it has waited for.
     b = tl.arange(0, BP)
     positions = tl.load(positions_ptr + b, mask=b < B, other=0)
-    if hidden_ptr is not None:
-        # The slot that a token takes in the ring is not pending, so no program reads it meanwhile.
-        program = item * tl.num_programs(0) + tile
-        for i in range(program * COPY, B * C, tl.num_programs(0) * tl.num_programs(1) * COPY):
-            at = i + tl.arange(0, COPY)
-            row = at // C
-            slot = tl.load(positions_ptr + row, mask=row < B, other=0) % P
-            value = tl.load(x_ptr + at, mask=row < B, other=0.0)
-            tl.store(hidden_ptr + (row * P + slot) * C + at % C, value, mask=row < B)
-
-    HALF: tl.constexpr = (D + 1) // 2
-    row = tl.arange(0, BN)
-    pair = tile * (BN // 2) + row % (BN // 2)
-    d = pair + row // (BN // 2) * HALF
-    row_mask = (pair < HALF) & (d < D)
-
-    # Which part of which group: first the selected heads' queries, then every group's key and value.
-    if item < CAPACITY:
-        if idx_ptr is None:
-            head = item
-            active = item >= 0
+    groups = tl.arange(0, triton.next_power_of_2(G))
+    inside = (b < B)[:, None] & (groups < G)[None, :]
+    known = tl.load(kv_len_ptr + b[:, None] * G + groups[None, :], mask=inside, other=0)
+    pending = tl.where(inside, positions[:, None] + 1 - known, 0)
+    wanted = _selected(idx_ptr, count_ptr, groups, R, CAPACITY)[None, :] | (pending >= P)
+    pending = tl.where(wanted, tl.maximum(pending, 0), 0)
+    total = tl.sum(pending, axis=0)
+    chunks = tl.cdiv(total, SLOTS)
+    if B == 1:
+        chunks = tl.where(total <= FEW_PENDING, tl.cdiv(total, FEW), chunks)
+        # A token that alone is pending in a selected head's group, the first launch sees to.
+        chunks = tl.where((total == 1) & _selected(idx_ptr, count_ptr, groups, R, CAPACITY), 0, chunks)
+    ends = tl.cumsum(chunks, axis=0)
+    TILES: tl.constexpr = ((D + 1) // 2 + BN // 2 - 1) // (BN // 2)
+    for item in range(tl.program_id(0), tl.max(ends, axis=0) * 2 * TILES, tl.num_programs(0)):
+        tile = item % TILES
+        part = R + item // TILES % 2
+        at = item // (2 * TILES)
+        group = tl.sum((ends <= at).to(tl.int32), axis=0)
+        mine = groups == group
+        n = tl.sum(tl.where(mine, total, 0), axis=0)
+        chunk = at - tl.sum(tl.where(mine, ends - chunks, 0), axis=0)
+        # Of each row of the batch: its pending tokens, and the first of them.
+        row_n = tl.sum(tl.where(mine[None, :], pending, 0), axis=1)
+        first = positions + 1 - row_n
+        d, row_mask, rows = _rows(group, part, tile, R, D, STRIDE, BN)
+        few = n <= FEW_PENDING if B == 1 else False
+        if few:
+            start = tl.sum(first, axis=0) + chunk * FEW
+            newest = tl.sum(positions, axis=0)
+            live = tl.minimum(n - chunk * FEW, FEW)
+            acc = project_few(
+                _pending(start, newest, x_ptr, planes_ptr, hidden_ptr, P, C, PLANES),
+                _pending(start + 1, newest, x_ptr, planes_ptr, hidden_ptr, P, C, PLANES),
+                _pending(start + 2, newest, x_ptr, planes_ptr, hidden_ptr, P, C, PLANES),
+                _pending(start + 3, newest, x_ptr, planes_ptr, hidden_ptr, P, C, PLANES),
+                live, w_ptr, rows, row_mask, C,
+                BITS, GROUP, VALUES, SCALES, ZERO, FEW, BN, BC, STAGES,
+            )  # fmt: skip
+            slot = tl.arange(0, FEW)
+            _finish(
+                acc, slot * 0, start + slot, slot < live, group, part, tile, d, row_mask,
+                bias_ptr, cos_sin_ptr, q_ptr, k_ptr, v_ptr, S, G, R, D, FEW, BN,
+            )  # fmt: skip
         else:
-            active = item < tl.load(count_ptr)
-            head = tl.load(idx_ptr + item, mask=active, other=0)
-        group = head // R
-        part = head % R
-    else:
-        group = (item - CAPACITY) // 2
-        part = R + (item - CAPACITY) % 2
-        active = item >= 0
-    rows = ((group * (2 * R + 2) + part) * D + d).to(tl.int64) * STRIDE
-
-    pending_kv = part >= R if hidden_ptr is not None else part < 0
-    total = 0
-    if hidden_ptr is not None:
-        known = tl.load(kv_len_ptr + b * G + group, mask=b < B, other=0)
-        pending = positions + 1 - known
-        wanted = group_selected(idx_ptr, count_ptr, group, R, CAPACITY) | (pending >= P)
-        n = tl.where((b < B) & wanted & pending_kv, tl.maximum(pending, 0), 0)
-        total = tl.sum(n, axis=0)
-        if B == 1:
-            # The token alone is no different from a query's.
-            active = active & (~pending_kv | (total == 1))
-            pending_kv = pending_kv & (total != 1)
-    if active and not pending_kv:
-        acc = project(x_ptr, w_ptr, rows, row_mask, B, C, BITS, GROUP, VALUES, SCALES, ZERO, BP, BN, BC, SPLIT, STAGES)
-        _finish(
-            acc, b, positions, b < B, group, part, tile, d, row_mask,
-            bias_ptr, cos_sin_ptr, q_ptr, k_ptr, v_ptr, S, G, R, D, BP, BN,
-        )  # fmt: skip
-    if hidden_ptr is not None:
-        if pending_kv:
-            ends = tl.cumsum(n, axis=0)
-            slots_from = 0
-            SLOT_SPLIT: tl.constexpr = 4 if B == 1 else SPLIT
-            if B == 1:  # noqa: SIM102 - settled while compiling, as an `and` would not be
-                if (total > 0) & (total <= FEW):
-                    slots_from = total
-                    start = tl.sum(known, axis=0)
-                    newest = tl.sum(positions, axis=0)
-                    acc = project_few(
-                        _pending(start, newest, x_ptr, hidden_ptr, P, C),
-                        _pending(start + 1, newest, x_ptr, hidden_ptr, P, C),
-                        _pending(start + 2, newest, x_ptr, hidden_ptr, P, C),
-                        _pending(start + 3, newest, x_ptr, hidden_ptr, P, C),
-                        total, w_ptr, rows, row_mask, C,
-                        BITS, GROUP, VALUES, SCALES, ZERO, FEW, BN, FEW_BC, STAGES,
-                    )  # fmt: skip
-                    slot = tl.arange(0, FEW)
-                    _finish(
-                        acc, slot * 0, start + slot, slot < total, group, part, tile, d, row_mask,
-                        bias_ptr, cos_sin_ptr, q_ptr, k_ptr, v_ptr, S, G, R, D, FEW, BN,
-                    )  # fmt: skip
-            for t in range(slots_from, total, SLOTS):
-                slot = t + tl.arange(0, SLOTS)
-                live = slot < total
-                slot_b = tl.sum((slot[:, None] >= ends[None, :]).to(tl.int32), axis=1)
-                mine = slot_b[:, None] == b[None, :]
-                token = slot + tl.sum(tl.where(mine, (known - (ends - n))[None, :], 0), axis=1)
-                # The newest token is still in x: other programs are writing it to the ring.
-                source = tl.where(
-                    token == tl.sum(tl.where(mine, positions[None, :], 0), axis=1),
-                    x_ptr + slot_b * C,
-                    hidden_ptr + (slot_b * P + token % P).to(tl.int64) * C,
-                )
-                if C % 4 == 0:
-                    source = tl.multiple_of(source, 16)
-                acc = project_many(
-                    source, live, w_ptr, rows, row_mask, C,
-                    BITS, GROUP, VALUES, SCALES, ZERO, SLOTS, BN, SLOT_BC, SLOT_SPLIT, STAGES,
-                )  # fmt: skip
-                _finish(
-                    acc, slot_b, token, live, group, part, tile, d, row_mask,
-                    bias_ptr, cos_sin_ptr, q_ptr, k_ptr, v_ptr, S, G, R, D, SLOTS, BN,
-                )  # fmt: skip
-        # All programs of the group must have read kv_len before it changes.
-        if total > 0:  # noqa: SIM102 - an `and` would evaluate both sides
-            if count_in(ticket_ptr + group, 2 * tl.num_programs(0)):
-                tl.store(kv_len_ptr + b * G + group, positions + 1, mask=n > 0)
+            row_ends = tl.cumsum(row_n, axis=0)
+            place = chunk * SLOTS + tl.arange(0, SLOTS)
+            there = place < n
+            slot_b = tl.sum((place[:, None] >= row_ends[None, :]).to(tl.int32), axis=1)
+            ours = slot_b[:, None] == b[None, :]
+            token = place + tl.sum(tl.where(ours, (first - (row_ends - row_n))[None, :], 0), axis=1)
+            # The newest token is still in x: other programs are writing it to the ring.
+            source = tl.where(
+                token == tl.sum(tl.where(ours, positions[None, :], 0), axis=1),
+                x_ptr + slot_b * C,
+                hidden_ptr + (slot_b * P + token % P).to(tl.int64) * C,
+            )
+            if C % 4 == 0:
+                source = tl.multiple_of(source, 16)
+            sums = project_many(
+                source, there, w_ptr, rows, row_mask, C,
+                BITS, GROUP, VALUES, SCALES, ZERO, SLOTS, BN, SLOT_BC, SPLIT, STAGES,
+            )  # fmt: skip
+            _finish(
+                sums, slot_b, token, there, group, part, tile, d, row_mask,
+                bias_ptr, cos_sin_ptr, q_ptr, k_ptr, v_ptr, S, G, R, D, SLOTS, BN,
+            )  # fmt: skip
+    # Whoever waits for this launch waits for the one before it, whose programs read kv_len too.
+    begin(PDL)
+    if count_in(ticket_ptr, tl.num_programs(0)):
+        at = b[:, None] * G + groups[None, :]
+        tl.store(kv_len_ptr + at, positions[:, None] + tl.zeros_like(at) + 1, mask=pending > 0)
 
 
 def attn_qkv(
@@ -248,38 +340,39 @@ def attn_qkv(
     (B, C), (G, parts, D, _) = x.shape, blocks.shape
     r = (parts - 2) // 2
     data, form = row_args(blocks)
-    tiles = tuning.pick("attn_qkv", B, form["BITS"])
     idx, count, capacity = selection_args(heads, G * r)
+    planes = spread(x, form, hidden, positions)
     q = torch.empty(B, G * r, D, dtype=torch.float32, device=x.device)
-    _attn_qkv[(triton.cdiv((D + 1) // 2, tiles["BN"] // 2), capacity + 2 * G)](
-        x,
-        data,
-        bias,
-        cos_sin,
-        positions,
-        k_cache,
-        v_cache,
-        idx,
-        count,
-        hidden,
-        kv_len,
-        None if hidden is None else tickets("attn_qkv", G, x.device),
-        q,
-        k_cache.shape[2],
-        0 if hidden is None else hidden.shape[1],
-        B=B,
-        G=G,
-        R=r,
-        D=D,
-        C=C,
-        CAPACITY=capacity,
-        BP=padded_batch(B),
-        FEW=_FEW,
-        SLOTS=_SLOTS,
-        SLOT_BC=_SLOT_BC,
-        COPY=_COPY,
-        **form,
-        **tiles,
-        **tuning.overlap(),
+    sources = (x, None if planes is x else planes, data, bias, cos_sin, positions)
+    sizes = {"B": B, "G": G, "R": r, "D": D, "C": C, "CAPACITY": capacity, "BP": padded_batch(B)}
+    sizes |= {"S": k_cache.shape[2], "P": 0 if hidden is None else hidden.shape[1]} | form | tuning.overlap()
+
+    def tiles_of(rows: int) -> int:
+        return triton.cdiv((D + 1) // 2, rows // 2)
+
+    tiles = tuning.pick("attn_qkv", B, form["BITS"])
+    items = capacity + 2 * G if hidden is None else 3 * capacity if B == 1 else capacity
+    _attn_qkv[(tiles_of(tiles["BN"]), items)](
+        *sources, k_cache, v_cache, idx, count, hidden, kv_len, q, COPY=_COPY, **sizes, **tiles
     )
+    if hidden is not None:
+        tiles = tuning.pick("attn_pending", B, form["BITS"])
+        _attn_pending[(min(tiles_of(tiles["BN"]) * 2 * G, tiles.pop("PROGRAMS")),)](
+            *sources,
+            k_cache,
+            v_cache,
+            idx,
+            count,
+            hidden,
+            kv_len,
+            tickets("attn_pending", 1, x.device),
+            q,
+            FEW=FEW,
+            FEW_PENDING=few_pending(form),
+            PLANES=PLANES * 2 * form["VALUES"] // 8,
+            SLOTS=_SLOTS[B > 1],
+            SLOT_BC=_SLOT_BC,
+            **sizes,
+            **tiles,
+        )
     return q

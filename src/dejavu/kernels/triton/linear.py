@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dejavu.kernels.quantized import Weight
 from dejavu.kernels.triton import tuning
-from dejavu.kernels.triton.rows import project, row_args
+from dejavu.kernels.triton.rows import project, row_args, spread
 from dejavu.kernels.triton.tiles import begin, padded_batch
 
 
@@ -63,6 +63,6 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     y = torch.empty(B, N, dtype=torch.float32, device=x.device)
     grid = (min(triton.cdiv(N, tiles["BN"]), tuning.PROGRAMS),)
     _linear[grid](
-        x, data, bias, y, N, B=B, C=C, BP=padded_batch(B), **form, **tiles, **tuning.overlap()
+        spread(x, form), data, bias, y, N, B=B, C=C, BP=padded_batch(B), **form, **tiles, **tuning.overlap()
     )  # fmt: skip
     return y

@@ -14,7 +14,7 @@ from torch import Tensor
 from dejavu.kernels.quantized import Weight
 from dejavu.kernels.reference import Selection
 from dejavu.kernels.triton import tuning
-from dejavu.kernels.triton.rows import project, row_args
+from dejavu.kernels.triton.rows import project, row_args, spread
 from dejavu.kernels.triton.sum_rows import sum_rows
 from dejavu.kernels.triton.tiles import begin, padded_batch, selection_args
 
@@ -122,7 +122,7 @@ def mlp(
     idx, count, capacity = selection_args(neurons, N)
     h = torch.empty(B, N, dtype=torch.float32, device=x.device)
     _mlp_in[(max(1, min(triton.cdiv(capacity, tiles["BN"]), tuning.PROGRAMS)),)](
-        x,
+        spread(x, form),
         data,
         bias,
         idx,

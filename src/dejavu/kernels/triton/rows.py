@@ -6,7 +6,9 @@ mantissa for bfloat16), so that a result is rounded by its accumulation and not 
 
 A row is found by an offset: of elements for plain weights, of bytes for quantised ones; STRIDE lies between two rows.
 Four bits are read as levels u = 0 .. 15 with `w = scale * u + offset`. Without a zero point the sign bits are
-flipped, which makes the offset -8 scales.
+flipped, which makes the offset -8 scales. A batch of one reads words of eight levels, and turns a level into a float32
+without a conversion, by placing it among the bits of a power of two that is taken off again (`level`); the eight
+activations that a word meets are then gathered from planes, where `spread` has put them.
 """
 
 from __future__ import annotations
@@ -17,8 +19,16 @@ from torch import Tensor
 
 from dejavu.errors import KernelUnavailable
 from dejavu.kernels.quantized import LINE, Quantized
+from dejavu.kernels.triton import tuning
+from dejavu.kernels.triton.tiles import begin
+
+# Tokens of one sequence that one reading of weights serves without tensor cores.
+FEW = 4
+# Planes of spread activations, and words that one program spreads.
+PLANES, _BLOCK = 10, 256
 
 _LINE, _HALF = tl.constexpr(LINE), tl.constexpr(LINE // 2)
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def row_args(weight: Tensor | Quantized) -> tuple[Tensor, dict[str, int]]:
@@ -66,15 +76,106 @@ def group_scales(w_ptr, rows, group, mask, VALUES: tl.constexpr, SCALES: tl.cons
 
 
 @triton.jit
-def load_lines(w_ptr, rows, line, mask, ZERO: tl.constexpr):
-    """Levels of whole lines of 4-bit values: their first halves and their second ones, float32.
+def load_words(w_ptr, rows, word, mask, ZERO: tl.constexpr):
+    """Words of eight 4-bit levels each. rows, word: of shapes that broadcast to (words, rows).
 
-    rows, line, mask: of shapes that broadcast to (rows, lines, 1); the result has a last dimension of half a line.
+    Words come first, for Triton lays the loads of scales, which are no neighbours, along the first dimension.
     """
-    packed = load_once(w_ptr + rows + line * _HALF + tl.arange(0, _HALF)[None, None, :], mask)
-    if not ZERO:
-        packed ^= 0x88
-    return (packed & 15).to(tl.float32), (packed >> 4).to(tl.float32)
+    words = load_once((w_ptr + rows).to(tl.pointer_type(tl.int32)) + word, mask)
+    return words if ZERO else words ^ -0x77777778
+
+
+@triton.jit
+def level(words, BYTE: tl.constexpr, HALF: tl.constexpr):
+    """float32 of a level of each word: 256 + u for byte BYTE's low half, 16 + u for its high one.
+
+    Two of a float32's 23 bits of mantissa after the exponent of 256, or none after that of 16, stand above the level:
+    what the added power costs in precision is small beside float32's.
+    """
+    if BYTE == 0:
+        moved = words << 15
+    elif BYTE == 1:
+        moved = words << 7
+    elif BYTE == 2:
+        moved = words >> 1
+    else:
+        moved = words >> 9
+    MASK: tl.constexpr = 0x00780000 if HALF == 1 else 0x00078000
+    POWER: tl.constexpr = 0x41800000 if HALF == 1 else 0x43800000
+    if _INTERPRETED:
+        bits = (moved & MASK) | POWER
+    else:
+        # One instruction, of which ptxas makes two by itself.
+        bits = tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0xEA;",
+            "=r,r,r,r",
+            [moved, tl.full(moved.shape, MASK, tl.int32), tl.full(moved.shape, POWER, tl.int32)],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _spread(
+    x_ptr,
+    hidden_ptr,
+    positions_ptr,
+    planes_ptr,
+    P,
+    C: tl.constexpr,
+    WORDS: tl.constexpr,
+    PLANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    begin(PDL)
+    back = tl.program_id(1)
+    word = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    source = x_ptr
+    if hidden_ptr is not None:  # noqa: SIM102 - settled while compiling, as an `and` would not be
+        if back > 0:
+            token = tl.maximum(tl.load(positions_ptr) - back, 0)
+            source = hidden_ptr + (token % P).to(tl.int64) * C
+    col = word // 8 * _LINE + word % 8 * 4
+    out = planes_ptr + back * PLANES * WORDS + word
+    low_sum = tl.zeros((BLOCK,), tl.float32)
+    high_sum = low_sum
+    for BYTE in tl.static_range(4):
+        low = tl.load(source + col + BYTE, mask=col + BYTE < C, other=0.0)
+        high = tl.load(source + col + _HALF + BYTE, mask=col + _HALF + BYTE < C, other=0.0)
+        tl.store(out + 2 * BYTE * WORDS, low, mask=word < WORDS)
+        tl.store(out + (2 * BYTE + 1) * WORDS, high, mask=word < WORDS)
+        low_sum += low
+        high_sum += high
+    tl.store(out + 8 * WORDS, low_sum, mask=word < WORDS)
+    tl.store(out + 9 * WORDS, high_sum, mask=word < WORDS)
+
+
+def few_pending(form: dict[str, int]) -> int:
+    """Up to how many pending tokens of one sequence are taken FEW at a time; 4 bits are slow on the tensor cores."""
+    return 64 if form["BITS"] == 4 else 8
+
+
+def spread(x: Tensor, form: dict[str, int], hidden: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    """Activations as a batch of one meets words of 4-bit levels; x itself for other rows and batches.
+
+    Args:
+        x: (1, C) float32.
+        form: the constants of row_args.
+        hidden, positions: the ring of lazy keys and values, for the tokens before x's too.
+    Returns: (1 or few_pending, PLANES, C / 8) float32, the newest token first: for each word, of byte 0 to 3 the
+        activations of its low and its high half, then the sums over the low and the high ones.
+    """
+    if form["BITS"] != 4 or len(x) > 1:
+        return x
+    words, rows = 2 * form["VALUES"] // 8, 1 if hidden is None else few_pending(form)
+    planes = x.new_empty(rows, PLANES, words)
+    P = 0 if hidden is None else hidden.shape[1]
+    sizes = {"C": x.shape[1], "WORDS": words, "PLANES": PLANES, "BLOCK": _BLOCK}
+    _spread[(triton.cdiv(words, _BLOCK), rows)](x, hidden, positions, planes, P, **sizes, **tuning.overlap())
+    return planes
 
 
 @triton.jit
@@ -118,22 +219,22 @@ def matmul(a, w, acc):
 
 
 @triton.jit
-def _add_lines(
-    acc, low, high, x_ptr, line, end, low_scale, high_scale, low_offset, high_offset, GROUP: tl.constexpr
+def _add_words(
+    acc, words, planes, word, end, low_scale, high_scale, low_offset, high_offset,
+    WORDS: tl.constexpr, ZERO: tl.constexpr,
 ):  # fmt: skip
-    """acc (BN, lines) + the products of lines of 4-bit levels with one row of activations.
-
-    Activations from `end` on count for nothing, whatever the padding of the weights.
-    """
-    cols = line[None, :, None] * _LINE + tl.arange(0, _HALF)[None, None, :]
-    x_low = tl.load(x_ptr + cols, mask=cols < end, other=0.0)
-    x_high = tl.load(x_ptr + cols + _HALF, mask=cols + _HALF < end, other=0.0)
-    if GROUP >= _LINE:
-        acc += low_scale * tl.sum(low * x_low + high * x_high, axis=2)
-        return acc + low_offset * tl.sum(x_low + x_high, axis=2)
-    else:
-        acc += low_scale * tl.sum(low * x_low, axis=2) + low_offset * tl.sum(x_low, axis=2)
-        return acc + high_scale * tl.sum(high * x_high, axis=2) + high_offset * tl.sum(x_high, axis=2)
+    """acc (words, BN) + the products of words of levels, those before `end`, with one row of spread activations."""
+    inside = word < end
+    low_sum = tl.load(planes + 8 * WORDS + word, mask=inside, other=0.0)
+    high_sum = tl.load(planes + 9 * WORDS + word, mask=inside, other=0.0)
+    # The powers of two that the levels come with; the offset of -8 scales too.
+    low = low_sum * (-256.0 if ZERO else -264.0)
+    high = high_sum * (-16.0 if ZERO else -24.0)
+    for BYTE in tl.static_range(4):
+        low += level(words, BYTE, 0) * tl.load(planes + 2 * BYTE * WORDS + word, mask=inside, other=0.0)
+        high += level(words, BYTE, 1) * tl.load(planes + (2 * BYTE + 1) * WORDS + word, mask=inside, other=0.0)
+    acc += low * low_scale + high * high_scale
+    return acc + low_sum * low_offset + high_sum * high_offset if ZERO else acc
 
 
 @triton.jit
@@ -159,67 +260,32 @@ def project_few(
 ):
     """Products of FEW rows of activations, 1 or 4, with BN rows of weights: (FEW, BN) float32, without tensor cores.
 
-    x0 .. x3: pointers to the rows of activations, of which the first `live` are read; rows: (BN,) offsets.
+    x0 .. x3: pointers to the rows of activations, of which the first `live` are read, with 4 bits as `spread` has put
+    them; rows: (BN,) offsets.
     """
     if BITS == 4:
-        LINES: tl.constexpr = BC // _LINE
-        s0 = tl.zeros((BN, LINES), tl.float32)
+        WORDS: tl.constexpr = VALUES // 4
+        s0 = tl.zeros((BC // 8, BN), tl.float32)
         s1, s2, s3 = s0, s0, s0
-        for c in tl.range(0, C, BC, num_stages=STAGES):
-            line = c // _LINE + tl.arange(0, LINES)
-            inside = line < (C + _LINE - 1) // _LINE
-            mask = row_mask[:, None] & inside[None, :]
-            low, high = load_lines(
-                w_ptr, rows[:, None, None], line[None, :, None], row_mask[:, None, None] & inside[None, :, None], ZERO
-            )
-            at = rows[:, None]
-            low_scale, low_offset = group_scales(w_ptr, at, line[None, :] * _LINE // GROUP, mask, VALUES, SCALES, ZERO)
-            high_scale, high_offset = low_scale, low_offset
+        for c in tl.range(0, WORDS, BC // 8, num_stages=STAGES):
+            word = c + tl.arange(0, BC // 8)[:, None]
+            inside = word < WORDS
+            mask = row_mask[None, :] & inside
+            words = load_words(w_ptr, rows[None, :], word, mask, ZERO)
+            scale, offset = group_scales(w_ptr, rows[None, :], word // 8 * _LINE // GROUP, mask, VALUES, SCALES, ZERO)
+            high_scale, high_offset = scale, offset
             if GROUP < _LINE:
                 high_scale, high_offset = group_scales(
-                    w_ptr, at, (line[None, :] * _LINE + _HALF) // GROUP, mask, VALUES, SCALES, ZERO
+                    w_ptr, rows[None, :], (word // 8 * _LINE + _HALF) // GROUP, mask, VALUES, SCALES, ZERO
                 )
-            s0 = _add_lines(s0, low, high, x0, line, C, low_scale, high_scale, low_offset, high_offset, GROUP)
+            s0 = _add_words(s0, words, x0, word, WORDS, scale, high_scale, offset, high_offset, WORDS, ZERO)
             if FEW > 1:
-                s1 = _add_lines(
-                    s1,
-                    low,
-                    high,
-                    x1,
-                    line,
-                    tl.where(live > 1, C, 0),
-                    low_scale,
-                    high_scale,
-                    low_offset,
-                    high_offset,
-                    GROUP,
-                )
-                s2 = _add_lines(
-                    s2,
-                    low,
-                    high,
-                    x2,
-                    line,
-                    tl.where(live > 2, C, 0),
-                    low_scale,
-                    high_scale,
-                    low_offset,
-                    high_offset,
-                    GROUP,
-                )
-                s3 = _add_lines(
-                    s3,
-                    low,
-                    high,
-                    x3,
-                    line,
-                    tl.where(live > 3, C, 0),
-                    low_scale,
-                    high_scale,
-                    low_offset,
-                    high_offset,
-                    GROUP,
-                )
+                end1 = tl.where(live > 1, WORDS, 0)
+                end2 = tl.where(live > 2, WORDS, 0)
+                end3 = tl.where(live > 3, WORDS, 0)
+                s1 = _add_words(s1, words, x1, word, end1, scale, high_scale, offset, high_offset, WORDS, ZERO)
+                s2 = _add_words(s2, words, x2, word, end2, scale, high_scale, offset, high_offset, WORDS, ZERO)
+                s3 = _add_words(s3, words, x3, word, end3, scale, high_scale, offset, high_offset, WORDS, ZERO)
     else:
         s0 = tl.zeros((BN, BC), tl.float32)
         s1, s2, s3 = s0, s0, s0
@@ -233,10 +299,11 @@ def project_few(
                 s1 = tl.fma(w, tl.load(x1 + cols, mask=cols < tl.where(live > 1, C, 0), other=0.0), s1)
                 s2 = tl.fma(w, tl.load(x2 + cols, mask=cols < tl.where(live > 2, C, 0), other=0.0), s2)
                 s3 = tl.fma(w, tl.load(x3 + cols, mask=cols < tl.where(live > 3, C, 0), other=0.0), s3)
-    y = tl.sum(s0, axis=1)[None, :]
+    AXIS: tl.constexpr = 0 if BITS == 4 else 1
+    y = tl.sum(s0, axis=AXIS)[None, :]
     if FEW > 1:
         pairs = tl.join(
-            tl.join(tl.sum(s0, axis=1), tl.sum(s2, axis=1)), tl.join(tl.sum(s1, axis=1), tl.sum(s3, axis=1))
+            tl.join(tl.sum(s0, axis=AXIS), tl.sum(s2, axis=AXIS)), tl.join(tl.sum(s1, axis=AXIS), tl.sum(s3, axis=AXIS))
         )
         y = tl.trans(tl.reshape(pairs, (BN, FEW)))
     if BITS == 8:
@@ -316,7 +383,7 @@ def project(
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Products of the B rows of x (B, C) with BN rows of weights: (BP, BN) float32."""
+    """Products of the B rows of x (B, C) with BN rows of weights: (BP, BN) float32. x_ptr: what `spread` returns."""
     if B == 1:
         return project_few(
             x_ptr, x_ptr, x_ptr, x_ptr, 1, w_ptr, rows, row_mask, C,

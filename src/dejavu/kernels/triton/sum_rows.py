@@ -18,8 +18,9 @@ from dejavu.kernels.triton import tuning
 from dejavu.kernels.triton.rows import (
     group_scales,
     int8_values,
-    load_lines,
+    level,
     load_once,
+    load_words,
     matmul,
     row_args,
     row_scales,
@@ -69,6 +70,12 @@ def _list_rows(
 
 
 @triton.jit
+def _store_words(out_ptr, col, sums, C: tl.constexpr):
+    """Store the sums over rows of one half byte of each word, (words, BN), to its columns (words, 1)."""
+    tl.store(out_ptr + col, tl.sum(sums, axis=1)[:, None], mask=col < C)
+
+
+@triton.jit
 def _sum_rows(
     coef_ptr,
     w_ptr,
@@ -113,14 +120,12 @@ def _sum_rows(
 
     b = tl.arange(0, BP)
     rows_read = tl.zeros((), tl.int64)
-    LINES: tl.constexpr = (BC + 63) // 64
     if BITS == 4 and BP == 1:
-        line = block * LINES + tl.arange(0, LINES)
-        line_mask = line < (C + 63) // 64
-        low_sum = tl.zeros((BN, LINES, 32), tl.float32)
-        high_sum = low_sum
-        low_offsets = tl.zeros((BN, LINES), tl.float32)
-        high_offsets = low_offsets
+        word = (block * (BC // 8) + tl.arange(0, BC // 8))[:, None]
+        word_mask = word < VALUES // 4
+        low0 = tl.zeros((BC // 8, BN), tl.float32)
+        low1, low2, low3, high0, high1, high2, high3 = low0, low0, low0, low0, low0, low0, low0
+        low_base, high_base = low0, low0
     acc = tl.zeros((BN if BP == 1 else BP, BC), tl.float32)
     for t in tl.range(0, n, BN, num_stages=STAGES):
         at = t + tl.arange(0, BN)
@@ -147,22 +152,29 @@ def _sum_rows(
                 w = values(w_ptr, rows[:, None], cols[None, :], mask, BITS, GROUP, VALUES, SCALES, ZERO)
                 acc = matmul(coef, w, acc)
         elif BITS == 4:
-            one = tl.sum(coef, axis=0)[:, None]
-            inside = live[:, None] & line_mask[None, :]
-            low, high = load_lines(
-                w_ptr, rows[:, None, None], line[None, :, None], live[:, None, None] & line_mask[None, :, None], ZERO
-            )
-            scale, offset = group_scales(
-                w_ptr, rows[:, None], line[None, :] * 64 // GROUP, inside, VALUES, SCALES, ZERO
-            )
-            low_sum += low * (one * scale)[:, :, None]
-            low_offsets += one * offset
+            one = tl.sum(coef, axis=0)[None, :]
+            inside = live[None, :] & word_mask
+            words = load_words(w_ptr, rows[None, :], word, inside, ZERO)
+            low, offset = group_scales(w_ptr, rows[None, :], word // 8 * 64 // GROUP, inside, VALUES, SCALES, ZERO)
+            low *= one
+            # The powers of two that the levels come with (rows.level); the offset of -8 scales too.
+            low_base += low * (-256.0) + one * offset if ZERO else low * (-264.0)
             if GROUP < 64:
-                scale, offset = group_scales(
-                    w_ptr, rows[:, None], (line[None, :] * 64 + 32) // GROUP, inside, VALUES, SCALES, ZERO
+                high, offset = group_scales(
+                    w_ptr, rows[None, :], (word // 8 * 64 + 32) // GROUP, inside, VALUES, SCALES, ZERO
                 )
-            high_sum += high * (one * scale)[:, :, None]
-            high_offsets += one * offset
+                high *= one
+            else:
+                high = low
+            high_base += high * (-16.0) + one * offset if ZERO else high * (-24.0)
+            low0 += level(words, 0, 0) * low
+            low1 += level(words, 1, 0) * low
+            low2 += level(words, 2, 0) * low
+            low3 += level(words, 3, 0) * low
+            high0 += level(words, 0, 1) * high
+            high1 += level(words, 1, 1) * high
+            high2 += level(words, 2, 1) * high
+            high3 += level(words, 3, 1) * high
         else:
             tile = load_once(w_ptr + rows[:, None] + cols[None, :], mask)
             one = tl.sum(coef, axis=0)
@@ -175,11 +187,15 @@ def _sum_rows(
             tl.atomic_add(rows_read_ptr, rows_read, sem="relaxed")
     out_ptr += tl.program_id(1) * B * C
     if BITS == 4 and BP == 1:
-        out_cols = line[:, None] * 64 + tl.arange(0, 32)[None, :]
-        low_out = tl.sum(low_sum, axis=0) + tl.sum(low_offsets, axis=0)[:, None]
-        high_out = tl.sum(high_sum, axis=0) + tl.sum(high_offsets, axis=0)[:, None]
-        tl.store(out_ptr + out_cols, low_out, mask=out_cols < C)
-        tl.store(out_ptr + out_cols + 32, high_out, mask=out_cols + 32 < C)
+        col = word // 8 * 64 + word % 8 * 4
+        _store_words(out_ptr, col, low0 + low_base, C)
+        _store_words(out_ptr, col + 1, low1 + low_base, C)
+        _store_words(out_ptr, col + 2, low2 + low_base, C)
+        _store_words(out_ptr, col + 3, low3 + low_base, C)
+        _store_words(out_ptr, col + 32, high0 + high_base, C)
+        _store_words(out_ptr, col + 33, high1 + high_base, C)
+        _store_words(out_ptr, col + 34, high2 + high_base, C)
+        _store_words(out_ptr, col + 35, high3 + high_base, C)
     else:
         if BP == 1:
             acc = tl.sum(acc, axis=0)[None, :]

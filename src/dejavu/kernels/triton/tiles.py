@@ -37,11 +37,18 @@ def tickets(op: str, n: int, device: torch.device) -> Tensor:
 def begin(PDL: tl.constexpr):
     """Wait for the kernels before this one; every program calls it before it reads what another has written.
 
-    With programmatic dependent launch a kernel is made ready while the one before it ends. None lets the next one come
-    before its own end: programs that only wait take the place of others (docs/log.md, 2026-11-24).
+    With programmatic dependent launch a kernel is made ready while the one before it ends. As a rule none lets the next
+    one come before its own end: programs that only wait take the place of others (docs/log.md, 2026-11-24).
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def let_next_begin(PDL: tl.constexpr):
+    """Let the next kernel begin when all programs of this one have: one that has work to do before it waits."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

@@ -20,14 +20,18 @@ OVERLAP = True
 
 # (op, family) -> (batch 1, larger batches). The family "any" serves GPUs without entries of their own.
 TABLE: dict[tuple[str, str], tuple[dict[str, int], dict[str, int]]] = {
-    ("add_norm", "any"): ({"num_warps": 16}, {"num_warps": 8}),
+    ("add_norm", "any"): ({"UNROLL": 4, "num_warps": 8}, {"UNROLL": 4, "num_warps": 8}),
     ("linear", "any"): (
         {"BN": 4, "BC": 1024, "SPLIT": 1, "STAGES": 3, "num_warps": 4},
         {"BN": 32, "BC": 32, "SPLIT": 4, "STAGES": 4, "num_warps": 4},
     ),
     ("attn_qkv", "any"): (
-        {"BN": 8, "BC": 256, "FEW_BC": 256, "SPLIT": 4, "STAGES": 5, "num_warps": 2},
-        {"BN": 16, "BC": 32, "FEW_BC": 128, "SPLIT": 4, "STAGES": 4, "num_warps": 4},
+        {"BN": 8, "BC": 256, "SPLIT": 4, "STAGES": 5, "num_warps": 2},
+        {"BN": 16, "BC": 32, "SPLIT": 4, "STAGES": 4, "num_warps": 4},
+    ),
+    ("attn_pending", "any"): (
+        {"BN": 8, "BC": 128, "SPLIT": 4, "STAGES": 4, "PROGRAMS": 660, "num_warps": 2},
+        {"BN": 16, "BC": 128, "SPLIT": 4, "STAGES": 4, "PROGRAMS": 2112, "num_warps": 4},
     ),
     ("attend", "any"): ({"BT": 64, "STAGES": 2, "num_warps": 4}, {"BT": 64, "STAGES": 2, "num_warps": 4}),
     ("attn_out", "any"): (
@@ -42,25 +46,53 @@ TABLE: dict[tuple[str, str], tuple[dict[str, int], dict[str, int]]] = {
         {"BN": 16, "BC": 128, "STAGES": 4, "SPLITS": 528, "num_warps": 2},
         {"BN": 32, "BC": 128, "STAGES": 5, "SPLITS": 264, "num_warps": 4},
     ),
+    ("linear int8", "any"): (
+        {"BN": 4, "BC": 2048, "SPLIT": 1, "STAGES": 3, "num_warps": 4},
+        {"BN": 32, "BC": 32, "SPLIT": 4, "STAGES": 4, "num_warps": 4},
+    ),
+    ("attn_qkv int8", "any"): (
+        {"BN": 8, "BC": 512, "SPLIT": 4, "STAGES": 4, "num_warps": 2},
+        {"BN": 16, "BC": 32, "SPLIT": 4, "STAGES": 4, "num_warps": 4},
+    ),
+    ("attn_pending int8", "any"): (
+        {"BN": 8, "BC": 256, "SPLIT": 4, "STAGES": 3, "PROGRAMS": 660, "num_warps": 4},
+        {"BN": 16, "BC": 128, "SPLIT": 4, "STAGES": 4, "PROGRAMS": 2112, "num_warps": 4},
+    ),
+    ("attn_out int8", "any"): (
+        {"BN": 16, "BC": 256, "STAGES": 4, "SPLITS": 528, "num_warps": 2},
+        {"BN": 32, "BC": 128, "STAGES": 5, "SPLITS": 264, "num_warps": 4},
+    ),
+    ("mlp_in int8", "any"): (
+        {"BN": 4, "BC": 2048, "SPLIT": 1, "STAGES": 3, "num_warps": 4},
+        {"BN": 32, "BC": 32, "SPLIT": 4, "STAGES": 4, "num_warps": 4},
+    ),
+    ("mlp_out int8", "any"): (
+        {"BN": 16, "BC": 256, "STAGES": 4, "SPLITS": 528, "num_warps": 2},
+        {"BN": 32, "BC": 128, "STAGES": 5, "SPLITS": 264, "num_warps": 4},
+    ),
     # Four bits: a tile of the same bytes has four times the weights.
     ("linear int4", "any"): (
-        {"BN": 4, "BC": 2048, "SPLIT": 1, "STAGES": 3, "num_warps": 4},
+        {"BN": 16, "BC": 512, "SPLIT": 1, "STAGES": 3, "num_warps": 1},
         {"BN": 32, "BC": 32, "SPLIT": 4, "STAGES": 3, "num_warps": 4},
     ),
     ("attn_qkv int4", "any"): (
-        {"BN": 16, "BC": 512, "FEW_BC": 256, "SPLIT": 4, "STAGES": 3, "num_warps": 4},
-        {"BN": 16, "BC": 32, "FEW_BC": 256, "SPLIT": 4, "STAGES": 3, "num_warps": 4},
+        {"BN": 8, "BC": 2048, "SPLIT": 4, "STAGES": 3, "num_warps": 2},
+        {"BN": 16, "BC": 32, "SPLIT": 4, "STAGES": 3, "num_warps": 4},
+    ),
+    ("attn_pending int4", "any"): (
+        {"BN": 8, "BC": 512, "SPLIT": 4, "STAGES": 3, "PROGRAMS": 1056, "num_warps": 2},
+        {"BN": 16, "BC": 256, "SPLIT": 4, "STAGES": 3, "PROGRAMS": 2112, "num_warps": 4},
     ),
     ("attn_out int4", "any"): (
-        {"BN": 16, "BC": 256, "STAGES": 4, "SPLITS": 396, "num_warps": 4},
+        {"BN": 16, "BC": 256, "STAGES": 3, "SPLITS": 792, "num_warps": 2},
         {"BN": 32, "BC": 128, "STAGES": 3, "SPLITS": 264, "num_warps": 4},
     ),
     ("mlp_in int4", "any"): (
-        {"BN": 4, "BC": 2048, "SPLIT": 1, "STAGES": 3, "num_warps": 4},
+        {"BN": 16, "BC": 512, "SPLIT": 1, "STAGES": 3, "num_warps": 1},
         {"BN": 32, "BC": 32, "SPLIT": 4, "STAGES": 3, "num_warps": 4},
     ),
     ("mlp_out int4", "any"): (
-        {"BN": 16, "BC": 256, "STAGES": 4, "SPLITS": 396, "num_warps": 4},
+        {"BN": 16, "BC": 256, "STAGES": 3, "SPLITS": 792, "num_warps": 2},
         {"BN": 32, "BC": 128, "STAGES": 3, "SPLITS": 264, "num_warps": 4},
     ),
 }
@@ -74,7 +106,7 @@ def family() -> str:
 
 def pick(op: str, batch: int, bits: int = 0) -> dict[str, int]:
     """The sizes for an op on this GPU, at a batch size and bits of quantised weights; a copy."""
-    op = f"{op} int{bits}" if bits == 4 else op
+    op = f"{op} int{bits}" if (f"{op} int{bits}", "any") in TABLE else op
     return dict(TABLE.get((op, family()), TABLE[op, "any"])[batch > 1])
 
 
