@@ -18,6 +18,7 @@ from dejavu.checkpoint.source import Checkpoint, open_checkpoint
 from dejavu.config import Mode, ModelConfig, SelectionConfig
 from dejavu.device import parse_dtype
 from dejavu.errors import ConfigError
+from dejavu.kernels.quantized import RowFormat
 from dejavu.model.decoder import Decoder
 from dejavu.model.load import load_weights
 from dejavu.selection import Cut, Selector, make_selector
@@ -90,6 +91,9 @@ class Setting:
 def _percent(density: float | tuple[float, ...]) -> str:
     return "by layer" if isinstance(density, tuple) else f"{density:.3g}"
 
+
+# Of predictors of random weights, as `fit` writes those of a pack.
+PREDICTOR_FORMAT = RowFormat.parse("int4")
 
 SelectorFor = Callable[[Decoder, Setting], Selector]
 
@@ -173,7 +177,7 @@ def shape(name: str, ops: ModuleType, seed: int = 0, activity: float = 0.1) -> S
 def policy_selector(decoder: Decoder, setting: Setting) -> Selector:
     """The policy of a setting; `static` reads `fixed_sets`."""
     if setting.random_predictor:
-        return random_predictor(decoder.config, decoder.ops, setting.selection, decoder.weights.dtype)
+        return random_predictor(decoder.config, decoder.ops, setting.selection, quantized=PREDICTOR_FORMAT)
     if setting.selection.policy == "static":
         return fixed_sets(decoder.config, decoder.ops, setting.selection, setting.batch)
     return make_selector(setting.selection, decoder.config, decoder.weights, decoder.ops)
