@@ -97,8 +97,9 @@ def test_predictors_of_random_weights_keep_the_densities_and_count(subject):
     one, two = measure(subject, backend("cpu"), chosen, new_tokens=4, repeat=1)["results"].values()
     assert one["policy"] == "random predictor"
     assert one["attn_density"] == 0.5
-    # Two layers: neurons (32 x 64 and 256 x 32) and heads (4 x 64) in bf16, and their biases in float32.
-    assert one["bytes_per_token"]["predictor"] == 2 * (2 * (32 * 64 + 256 * 32 + 4 * 64) + 4 * (256 + 4))
+    # Two layers, rows in int4 with a float16 scale for each 64 values: neurons (32 of 64 values and 256 of 32, each 34
+    # bytes padded to 48), heads (4 of 64); biases in float32.
+    assert one["bytes_per_token"]["predictor"] == 2 * (48 * (32 + 256 + 4) + 4 * (256 + 4))
     rows = [r["bytes_per_token"]["mlp_in"] for r in (one, two)]
     assert rows[0] < rows[1] < 2 * rows[0]
     assert 0 < one["predictor_share"] < 1
