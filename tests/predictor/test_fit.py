@@ -269,7 +269,7 @@ def test_a_bound_that_cannot_be_kept_writes_nothing(engine, tmp_path):
 
 def test_bad_settings_and_text_are_named(engine, tmp_path):
     for settings, message in [
-        ({"tokens": 10}, "tokens must be at least four windows"),
+        ({"tokens": 10, "window": 64}, "tokens must be at least four windows"),
         ({"rank": -1}, "rank must be an integer of at least 0"),
         ({"bound": "bleu"}, "bound must be ppl_increase, kl or mlp_density"),
         ({"limit": 0.0}, "limit must be a number above 0"),
