@@ -1,8 +1,9 @@
 """Sizes of tiles and grids, by op and GPU family: the only place where they stand.
 
 An entry is a pair: a batch of one, and larger batches. `BN` rows by `BC` columns of weights make a tile, `STAGES`
-tiles are in flight in a program, `SPLITS` programs share a sum. What to weigh: a GPU of 3 to 5 TB/s needs some
-30 KB of loads in flight on each multiprocessor, in 16-byte accesses, and a sparse layer has few rows to share out.
+tiles are in flight in a program, `SPLITS` programs share a sum, and at most `PROGRAMS` a list of pending tokens. What
+to weigh: a GPU of 3 to 5 TB/s needs some 30 KB of loads in flight on each multiprocessor, in 16-byte accesses, and a
+sparse layer has few rows to share out.
 """
 
 from __future__ import annotations
