@@ -68,7 +68,10 @@ class Subject:
         quantization = Quantization(self.quantized) if self.quantized else None
         weights = shapes.random_weights(c, DTYPE, self.ops, args.seed, args.mlp_density, quantization)
         self.decoder = Decoder(c, weights, self.ops)
-        self.selection = SelectionConfig("static", args.mlp_density, args.attn_density, kv="lazy")
+        # Projecting pending keys and values from 4 bits takes longer than reading all of them at once.
+        self.lazy = self.quantized is None or self.quantized.bits > 4
+        kv = "lazy" if self.lazy else "full"
+        self.selection = SelectionConfig("static", args.mlp_density, args.attn_density, kv=kv)
         self.rank = predictor_rank(c)
         self.predictor = random_predictor(c, self.ops, self.selection, DTYPE, self.quantized, by_threshold=True)
 
@@ -90,13 +93,14 @@ class Subject:
         """Times and bytes read of a mode, after each prompt length: one graph serves them all."""
         c, d, device, new = self.config, self.decoder, self.args.device, self.args.new
         sparse = mode.startswith("sparse")
+        lazy = sparse and self.lazy
         selector = None
         if sparse:
             heads = c.num_attention_heads
             selector = Watched(self._selector(mode), c.num_hidden_layers, heads, d.device)
-        cache = d.new_cache(batch, max(prompts) + new + 8, self.selection.pending if sparse else None)
+        cache = d.new_cache(batch, max(prompts) + new + 8, self.selection.pending if lazy else None)
         shapes.fill_noise([(cache.k, 1.0), (cache.v, 1.0)], self.args.seed)
-        if sparse:
+        if lazy:
             shapes.fill_noise([(cache.hidden, 1.0)], self.args.seed)
         # A perfect predictor's neurons are all active; without one, the share that the model has.
         share = 6.0 if sparse else NormalDist().inv_cdf(self.args.mlp_density)
@@ -117,7 +121,7 @@ class Subject:
 
         def start(prompt: int) -> None:
             positions.fill_(prompt)
-            if sparse:
+            if lazy:
                 cache.kv_len.fill_(prompt)
 
         with self.ops.sequential() if mode == "sparse, in line" else nullcontext():
@@ -145,7 +149,7 @@ class Subject:
                 batch=batch,
                 rows_read=read,
                 heads_read=heads_read,
-                lazy=sparse,
+                lazy=lazy,
             )
             if mode in ("sparse", "sparse, in line"):
                 parts["predictor"] = float(self.predictor.nbytes)

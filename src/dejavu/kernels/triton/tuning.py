@@ -1,8 +1,9 @@
 """Sizes of tiles and grids, by op and GPU family: the only place where they stand.
 
 An entry is a pair: a batch of one, and larger batches. `BN` rows by `BC` columns of weights make a tile, `STAGES`
-tiles are in flight in a program, `SPLITS` programs share a sum. What to weigh: a GPU of 3 to 5 TB/s needs some
-30 KB of loads in flight on each multiprocessor, in 16-byte accesses, and a sparse layer has few rows to share out.
+tiles are in flight in a program, `SPLITS` programs share a sum, and at most `PROGRAMS` a list of pending tokens. What
+to weigh: a GPU of 3 to 5 TB/s needs some 30 KB of loads in flight on each multiprocessor, in 16-byte accesses, and a
+sparse layer has few rows to share out.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ OVERLAP = True
 
 # (op, family) -> (batch 1, larger batches). The family "any" serves GPUs without entries of their own.
 TABLE: dict[tuple[str, str], tuple[dict[str, int], dict[str, int]]] = {
+    # 8 warps: 5.1 to 4.7 microseconds on an H100, 9 partial sums of C = 7168.
     ("add_norm", "any"): ({"UNROLL": 4, "num_warps": 8}, {"UNROLL": 4, "num_warps": 8}),
     ("linear", "any"): (
         {"BN": 4, "BC": 1024, "SPLIT": 1, "STAGES": 3, "num_warps": 4},
@@ -46,6 +48,7 @@ TABLE: dict[tuple[str, str], tuple[dict[str, int], dict[str, int]]] = {
         {"BN": 16, "BC": 128, "STAGES": 4, "SPLITS": 528, "num_warps": 2},
         {"BN": 32, "BC": 128, "STAGES": 5, "SPLITS": 264, "num_warps": 4},
     ),
+    # An H100, C = 12288, against the tiles of bfloat16: rows 115 to 105 microseconds, sums over rows 65 to 60.
     ("linear int8", "any"): (
         {"BN": 4, "BC": 2048, "SPLIT": 1, "STAGES": 3, "num_warps": 4},
         {"BN": 32, "BC": 32, "SPLIT": 4, "STAGES": 4, "num_warps": 4},
@@ -70,7 +73,8 @@ TABLE: dict[tuple[str, str], tuple[dict[str, int], dict[str, int]]] = {
         {"BN": 16, "BC": 256, "STAGES": 4, "SPLITS": 528, "num_warps": 2},
         {"BN": 32, "BC": 128, "STAGES": 5, "SPLITS": 264, "num_warps": 4},
     ),
-    # Four bits: a tile of the same bytes has four times the weights.
+    # An H100, C = 12288: rows 75 to 70 microseconds against 8 x 1024; sums over a tenth of the rows 9.3 to 7.5 against
+    # 32 x 256 by 4 warps. Four bits: a tile of the same bytes has four times the weights.
     ("linear int4", "any"): (
         {"BN": 16, "BC": 512, "SPLIT": 1, "STAGES": 3, "num_warps": 1},
         {"BN": 32, "BC": 32, "SPLIT": 4, "STAGES": 3, "num_warps": 4},
