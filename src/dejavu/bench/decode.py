@@ -19,7 +19,7 @@ from dejavu.selection import Selector
 
 
 # Steps whose time is told by op.
-_PROFILED = 5
+PROFILED = 5
 
 
 class Decoding(Protocol):
@@ -67,12 +67,15 @@ class Dejavu:
         return [self._choose(self._step.prefill(row, prompt))[0] for row, prompt in enumerate(ids)]
 
     def step(self, token):
-        for row, fed in enumerate([token] if isinstance(token, int) else token):
-            self._step.feed(row, fed)
-        chosen = [self._choose(logits)[0] for logits in self._step.run()]
+        self._feed([token] if isinstance(token, int) else token)
+        self._chosen = [self._choose(logits)[0] for logits in self._step.run()]
         self._steps += 1
         self._attended += sum(self._step.lengths) / self._batch
-        return chosen[0] if isinstance(token, int) else chosen
+        return self._chosen[0] if isinstance(token, int) else self._chosen
+
+    def _feed(self, tokens: Sequence[int]) -> None:
+        for row, token in enumerate(tokens):
+            self._step.feed(row, token)
 
     def bytes_per_token(self) -> dict[str, float]:
         """Mean bytes read by a step so far, by part; a step makes a token for every row of the batch."""
@@ -93,8 +96,14 @@ class Dejavu:
         return self._step.whole
 
     def op_ms(self) -> dict[str, float] | None:
-        """Milliseconds of a step by op, the median of a few; None where that is not known. Ends the count of bytes."""
-        runs = [self._step.op_seconds() for _ in range(_PROFILED)]
+        """Milliseconds of a step by op, the median of PROFILED more steps; None where that is not known.
+
+        What they read is not counted, so `bytes_per_token` comes before.
+        """
+        runs = []
+        for _ in range(PROFILED):
+            self._feed(self._chosen)
+            runs.append(self._step.op_seconds())
         if runs[0] is None:
             return None
         return {op: 1e3 * median(run[op] for run in runs) for op in runs[0]}

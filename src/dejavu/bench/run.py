@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from dejavu.bench.bandwidth import read_bandwidth
-from dejavu.bench.decode import Dejavu, decode_times, random_prompt
+from dejavu.bench.decode import PROFILED, Dejavu, decode_times, random_prompt
 from dejavu.bench.peers import peer as find_peer
 from dejavu.bench.settings import Setting, Subject
 from dejavu.bench.timing import Run, interleave, percentiles_ms
@@ -22,6 +22,8 @@ from dejavu.engine.step import can_capture
 
 # First steps of every run, which don't count.
 SKIP = 4
+# Tokens of a run beside the prompt and those that are timed.
+EXTRA = SKIP + PROFILED
 # How much of the machine's memory models may fill when they are held side by side.
 MEMORY_SHARE = 0.8
 # What a bundle of weights takes beside itself while it is held: peers pack theirs anew.
@@ -68,7 +70,7 @@ def measure(
     Raises: ConfigError, before anything long, for what cannot run.
     """
     for setting in settings:
-        setting.check(subject.config, new_tokens + SKIP)
+        setting.check(subject.config, new_tokens + EXTRA)
     for other in peers:
         find_peer(other.peer).check(other.weights, subject.source.config)
         Setting("dense", None, prompt=other.prompt).check(subject.config, new_tokens + SKIP)
@@ -143,7 +145,7 @@ class _Bench:
             chooser = _Clock(chooser, captured)
         ours = Dejavu(
             decoder,
-            setting.prompt + SKIP + self._new,
+            setting.prompt + EXTRA + self._new,
             setting.mode,
             batch=setting.batch,
             selector=chooser,

@@ -126,10 +126,7 @@ class DecodeStep:
         return logits
 
     def op_seconds(self) -> dict[str, float] | None:
-        """Seconds by op of one more run, which repeats the last tokens in place; None where that is not known.
-
-        Counts go on.
-        """
+        """Seconds by op of one more run over the tokens fed; None where that is not known."""
         timed = getattr(self._graph, "replay_timed", None)
         return None if timed is None else timed()
 
