@@ -111,7 +111,7 @@ def test_layers_past_the_crossover_are_shown(subject, monkeypatch):
 
     neurons_never_pay = Costs((0, 1), 2, (9, 1, 1), (1, 1))
     monkeypatch.setattr(decode, "measure_costs", lambda *args: neurons_never_pay)
-    setting = Setting("sparse", replace(SPARSE, crossover=True), prompt=4)
+    setting = Setting("sparse", replace(SPARSE, crossover=True), prompt=4, batch=2)
     fields = measure(subject, backend("cpu"), [setting], new_tokens=2, repeat=1)
     (r,) = fields["results"].values()
     assert r["whole"] == ((), (0, 1))
