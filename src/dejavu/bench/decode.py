@@ -17,7 +17,6 @@ from dejavu.engine.step import DecodeStep, can_capture
 from dejavu.model.decoder import Decoder
 from dejavu.selection import Selector
 
-
 # Steps whose time is told by op.
 PROFILED = 5
 
