@@ -73,7 +73,11 @@ def packs_table(r: dict) -> str:
     for title, key in (("MLP read", "mlp"), ("heads read", "heads"), ("MLP recall", "mlp_recall")):
         means = [r["reads"][s][key] for s in settings]
         rows.append([title, *(f"{sum(m) / len(m):.1%}" if m else "-" for m in means)])
-    rows.append(["MB per token (fp32)", *(f"{r['decode'][s]['bytes_per_token'] / 1e6:.1f}" for s in settings)])
+    decode = [r["decode"][s] for s in settings]
+    rows.append(["MB per token (fp32)", *(f"{d['bytes_per_token'] / 1e6:.1f}" for d in decode)])
+    shares = [d["bytes_by_part"]["predictor"] / d["bytes_per_token"] for d in decode]
+    rows.append(["of them predictors", *(f"{share:.1%}" for share in shares)])
+    rows.append(["ms per token (fp32)", *(f"{d['ms_per_token']:.2f}" for d in decode)])
     for task, found in r["tasks"].items():
         if "token_perplexity" in found["metrics"]:
             close = [found["to_reference"][s] for s in others]
