@@ -19,7 +19,12 @@ def test_stdin_that_is_not_utf8():
 
 def test_ctrl_c_keeps_what_was_written(tmp_path):
     long = [*GENERATE, "The old house", "-n", "1000", "--ignore-eos"]
-    process = subprocess.Popen(long, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def heed() -> None:
+        """A suite that a shell started in the background ignores the signal, and its children would too."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    process = subprocess.Popen(long, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed)
     first = os.read(process.stdout.fileno(), 100)
     process.send_signal(signal.SIGINT)
     rest, errors = process.communicate()
