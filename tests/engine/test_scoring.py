@@ -55,7 +55,7 @@ def test_masked_passes_equal_decode_steps(base, requests, name):
         assert (a - b).abs().max() < 2e-3
     if name not in ("dense", "exact"):
         assert step_reads.tokens == mask_reads.tokens == sum(r.length - 1 for r in requests)
-        # A pack cuts at thresholds, where rounding (of inputs to 16 bits, in the steps) moves a few over; the others count.
+        # A pack cuts at thresholds, where rounding (of the steps' inputs, to 16 bits) moves a few over; others count.
         share = 1e-3 if name == "pack" else 0
         for a, b in ((step_reads.neurons, mask_reads.neurons), (step_reads.heads, mask_reads.heads)):
             assert ((a - b).abs() <= share * b).all()
