@@ -107,6 +107,8 @@ def figure(result: dict[str, Any]) -> Figure:
         ax.set_ylabel(metric, fontsize=8)
         ax.tick_params(labelsize=8)
         ax.grid(alpha=0.3)
+    for ax in axes[len(tasks) :]:
+        ax.set_axis_off()
     for ax in list(axes)[len(tasks) :]:
         ax.set_visible(False)
     handles, labels = drawn.axes[0].get_legend_handles_labels()
