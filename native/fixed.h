@@ -48,7 +48,7 @@ constexpr float kLeast = 1e-30f;
 inline __m512i higher(__m512i whole) { return _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8); }
 inline __m512i lower(__m512i whole, __m512i high) { return _mm512_sub_epi32(whole, _mm512_slli_epi32(high, 8)); }
 // Not a number where any of the values is none, or is infinite; else 0.
-inline __m512 poison(__m512 sum) { return _mm512_mul_ps(sum, _mm512_setzero_ps()); }
+inline __m512 poison(__m512 x) { return _mm512_mul_ps(x, _mm512_setzero_ps()); }
 
 // Writes a line in digits; returns their scale, and the sums of its halves.
 inline float to_digits(const float* x, int8_t* high, int8_t* low, float* sums) {

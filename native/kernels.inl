@@ -250,7 +250,7 @@ void mlp(const MlpArgs& a, int64_t slice) {
   using T = typename F::Element;
   const F format(a.rows);
   const int64_t B = a.batch, C = a.rows.width, kinds = a.row_kinds, all = a.neurons.size(a.neurons_total);
-  // Whole groups of rows that are read at a time: a single row costs half as much as eight.
+  // Whole groups of rows that are read at a time, so that few are left to be read singly.
   const int64_t tiles = ceil_div(all, F::kStreams);
   const int64_t low = std::min(all, slice * tiles / a.slices * F::kStreams);
   const int64_t high = std::min(all, (slice + 1) * tiles / a.slices * F::kStreams);

@@ -130,7 +130,7 @@ struct SelectArgs {
   int64_t batch, total, capacity, k;  // k = 0: by threshold
   float threshold;
 };
-struct CutArgs : SelectArgs {};
+struct CutArgs : SelectArgs {};  // the first half of top-k, whose units are rows of the batch
 
 struct ReadArgs {
   const char* data;

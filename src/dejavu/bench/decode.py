@@ -102,9 +102,10 @@ class Dejavu:
         runs = []
         for _ in range(PROFILED):
             self._feed(self._chosen)
-            runs.append(self._step.op_seconds())
-        if runs[0] is None:
-            return None
+            seconds = self._step.op_seconds()
+            if seconds is None:
+                return None
+            runs.append(seconds)
         return {op: 1e3 * median(run[op] for run in runs) for op in runs[0]}
 
     def mlp_density(self) -> float:

@@ -16,7 +16,7 @@ from dejavu.selection.predictor import Lookahead, Predictor, PredictorSelector
 
 def predictor_rank(config: ModelConfig, quantized: RowFormat | None = None) -> int:
     """Of the neurons' predictors: at the paper's densities they are about 6 % of what a step reads of bf16 weights, in
-    int4 3 %, and then 7 % of what it reads of int4 weights."""
+    int4 3 %, and then 10 % of what it reads of int4 weights."""
     return max(32, config.hidden_size // (32 if quantized is None else 16))
 
 
