@@ -1,6 +1,7 @@
 """Every verb in process, and every bad input: one line on stderr and a non-zero exit."""
 
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -47,6 +48,38 @@ def test_generate_takes_the_prompt_from_anywhere(expected, tmp_path):
         (("opt-mini", "--prompt-file", str(file)), ""),
     ):
         assert text("generate", *args, "-n", "8", input=stdin) == expected.text + "\n"
+
+
+def test_a_sole_word_that_names_a_model_is_the_model_where_a_prompt_is_piped(expected):
+    bundled = Path(dejavu.__file__).parent / "assets" / "opt-mini"
+    for word in ("opt-mini", str(bundled)):
+        assert text("generate", word, "-n", "8", input=PROMPT + "\n") == expected.text + "\n"
+    # On the hub, which is not there: but it was looked for.
+    assert "'nobody/no-model': there is no such folder" in error("generate", "nobody/no-model", input=PROMPT)
+    result = run("generate", str(bundled), input="")
+    assert result.exit_code == 2 and "is a model's folder: give a PROMPT" in " ".join(
+        result.stderr.replace("│", "").split()
+    )
+    for prompt in ("opt-mini", "and/or", "~", "~nobody", "/"):
+        assert text("generate", prompt, "-n", "1", input="")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--mlp-density 0.5", "--mlp-density goes with --policy, which is not given"),
+        ("--pack opt-mini --attn-density 0.5", "--attn-density goes with --policy"),
+        ("--kv lazy --mode exact", "--kv goes with --policy"),
+        ("--calibration no-such-file", "--calibration goes with --policy"),
+        ("--policy oracle --calibration no-such-file", "--calibration goes with --policy static, found oracle"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(flags, message, monkeypatch):
+    for module in ("generate", "evaluate"):
+        monkeypatch.setattr(f"dejavu.cli.{module}.load_engine", lambda *_, **__: pytest.fail("the model was loaded"))
+    assert message in error("generate", "hi", *flags.split())
+    if "exact" not in flags:
+        assert message in error("eval", "--text", "no-such-file", *flags.split())
 
 
 def test_generate_json(expected):

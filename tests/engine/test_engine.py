@@ -158,7 +158,7 @@ def test_a_long_prompt_says_by_how_much(bundled):
         ("", "the prompt is empty"),
         ([], "list of prompts is empty"),
         (["a", ""], "the prompt is empty"),
-        ([["a"]], r"token ids must be integers in \[0, 16384\), found 'a'"),
+        ([["a"]], r"token ids must be integers, found 'a'"),
         ([3, 16_384], r"found 16384"),
         ([-1], r"found -1"),
     ],

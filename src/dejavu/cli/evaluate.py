@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dejavu.cli.options import (
+    AttnDensity,
     Backend,
     Dtype,
     Json,
     Kv,
+    MlpDensity,
     Mode,
     Pack,
     Policy,
@@ -26,6 +28,7 @@ from dejavu.cli.options import (
     Threads,
     WeightsFormat,
     load_engine,
+    make_selection,
 )
 from dejavu.config import SelectionConfig, parse_share
 from dejavu.errors import ConfigError
@@ -74,9 +77,9 @@ def evaluate(
     pack: Pack = None,
     quality: Quality = None,
     policy: Policy = None,
-    mlp_density: Annotated[float, typer.Option(help="With --policy: the fraction of the neurons to read.")] = 1.0,
-    attn_density: Annotated[float, typer.Option(help="With --policy: the fraction of the query heads to read.")] = 1.0,
-    kv: Kv = "full",
+    mlp_density: MlpDensity = None,
+    attn_density: AttnDensity = None,
+    kv: Kv = None,
     calibration: CalibrationText = None,
     num_fewshot: Fewshot = None,
     limit: Limit = None,
@@ -106,18 +109,24 @@ def evaluate(
     """
     from dejavu.evaluate.settings import Setting
 
-    selection = None
+    selection = make_selection(
+        policy, calibration=calibration, mlp_density=mlp_density, attn_density=attn_density, kv=kv
+    )
     if pack is not None:
         if policy is not None:
             raise ConfigError("give either --pack or --policy")
         selection = SelectionConfig("predictor", pack=pack, quality=parse_share(quality), kv="lazy")
     elif quality is not None:
         raise ConfigError("--quality chooses among a pack's settings: name a --pack")
-    elif policy is not None:
-        selection = SelectionConfig(policy, mlp_density, attn_density, kv=kv)
     if mode == "auto":
         mode = "dense" if selection is None else "sparse"
-    name = mode if selection is None else f"pack {pack}" if pack else f"{policy} {mlp_density:g}/{attn_density:g}"
+    name = (
+        mode
+        if selection is None
+        else f"pack {pack}"
+        if pack
+        else f"{policy} {selection.mlp_density:g}/{selection.attn_density:g}"
+    )
     settings = [Setting("dense", weights=weights)]
     if mode != "dense":
         settings.append(Setting(name, mode, selection, weights))

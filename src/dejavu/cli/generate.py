@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -28,13 +30,15 @@ from dejavu.cli.options import (
     Threads,
     WeightsFormat,
     load_engine,
+    make_selection,
     stats_table,
 )
-from dejavu.config import SamplingParams, SelectionConfig, parse_share
+from dejavu.config import SamplingParams, parse_share
 from dejavu.errors import ConfigError
 
 DEFAULT = SamplingParams()
-SELECT_ALL = SelectionConfig()
+# How the hub writes a model's name.
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def generate(
@@ -60,9 +64,9 @@ def generate(
     pack: Pack = None,
     quality: Quality = None,
     policy: Policy = None,
-    mlp_density: MlpDensity = SELECT_ALL.mlp_density,
-    attn_density: AttnDensity = SELECT_ALL.attn_density,
-    kv: Kv = SELECT_ALL.kv,
+    mlp_density: MlpDensity = None,
+    attn_density: AttnDensity = None,
+    kv: Kv = None,
     calibration: Calibration = None,
     dtype: Dtype = "auto",
     weights: WeightsFormat = None,
@@ -86,7 +90,7 @@ def generate(
     if logprobs is not None and not as_json:
         raise typer.BadParameter("--logprobs shows only with --json")
     if prompt_file is None and prompt is None:
-        model, prompt = None, model  # a single word is the prompt
+        model, prompt = _sole_word(model)
     prompt = _read_prompt(prompt, prompt_file)
     params = SamplingParams(
         max_new_tokens=max_new_tokens,
@@ -100,7 +104,9 @@ def generate(
         ignore_eos=ignore_eos,
         logprobs=logprobs,
     )
-    selection = None if policy is None else SelectionConfig(policy, mlp_density, attn_density, kv=kv)
+    selection = make_selection(
+        policy, calibration=calibration, mlp_density=mlp_density, attn_density=attn_density, kv=kv
+    )
     from dejavu.checkpoint.source import BUNDLED
 
     if output is not None and output.is_dir():
@@ -141,6 +147,22 @@ def generate(
         from rich.console import Console
 
         Console(stderr=True).print(stats_table({engine.mode: result.stats}))
+
+
+def _sole_word(word: str | None) -> tuple[str | None, str | None]:
+    """Model and prompt, where one word was given for both: it is the prompt, unless it names a model and the prompt
+    comes through a pipe. Raises: typer.BadParameter for a model's folder without a prompt."""
+    from dejavu.checkpoint.source import BUNDLED, CONFIG
+
+    # os.path, since pathlib raises for a prompt too long for a name, or one that begins with ~.
+    folder = word is not None and os.path.isfile(os.path.join(os.path.expanduser(word), CONFIG))
+    if folder or word == BUNDLED or HUB_ID.fullmatch(word or ""):
+        piped = None if sys.stdin.isatty() else _text(sys.stdin.buffer.read(), "stdin")
+        if piped:
+            return word, piped
+        if folder:
+            raise typer.BadParameter(f"{word} is a model's folder: give a PROMPT after it, or pipe one in")
+    return None, word
 
 
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:

@@ -10,12 +10,19 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 
 from dejavu import config
+from dejavu.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from dejavu.engine.engine import Engine
     from dejavu.engine.generation import Stats
+
+
+def _default(field: str) -> str:
+    """How help shows a default that is the selection's own; typer itself would read [..] as markup."""
+    return f"\\[default: {getattr(config.SelectionConfig(), field)}]"
+
 
 Mode = Annotated[
     str,
@@ -29,9 +36,16 @@ Pack = Annotated[str | None, typer.Option(help="A sparsity pack: a folder, a hub
 Quality = Annotated[
     str | None, typer.Option(help="With --pack: its cheapest setting within this rise of perplexity, 1% or 0.01.")
 ]
-MlpDensity = Annotated[float, typer.Option(help="With --policy: the fraction of the neurons to read.")]
-AttnDensity = Annotated[float, typer.Option(help="With --policy: the fraction of the query heads to read.")]
-Kv = Annotated[str, typer.Option(help="With --policy: full keys and values, or lazy: when a head is next selected.")]
+MlpDensity = Annotated[
+    float | None, typer.Option(help=f"With --policy: the fraction of the neurons to read. {_default('mlp_density')}")
+]
+AttnDensity = Annotated[
+    float | None, typer.Option(help=f"With --policy: the fraction of the heads to read. {_default('attn_density')}")
+]
+Kv = Annotated[
+    str | None,
+    typer.Option(help=f"With --policy: full keys and values, or lazy: when a head is next selected. {_default('kv')}"),
+]
 Calibration = Annotated[Path | None, typer.Option(help="With --policy static: a text to find the set on.")]
 Dtype = Annotated[str, typer.Option(help="Of the weights: fp32, bf16, fp16, or auto: as stored.")]
 WeightsFormat = Annotated[
@@ -47,6 +61,25 @@ Backend = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def make_selection(
+    policy: str | None, *, calibration: Path | None, **fields: float | str | None
+) -> config.SelectionConfig | None:
+    """What --policy and the options that go with it ask for; None without --policy.
+
+    Args:
+        fields: of SelectionConfig, by name; None takes the default.
+    Raises: ConfigError for an option that would be ignored, or a value out of range.
+    """
+    given = {name: value for name, value in fields.items() if value is not None}
+    if policy is None:
+        if lost := [*given, *(["calibration"] if calibration is not None else [])]:
+            raise ConfigError(f"--{lost[0].replace('_', '-')} goes with --policy, which is not given")
+        return None
+    if calibration is not None and policy != "static":
+        raise ConfigError(f"--calibration goes with --policy static, found {policy}")
+    return config.SelectionConfig(policy, **given)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from numbers import Integral
 from os import PathLike
 from time import perf_counter
 from types import ModuleType
@@ -20,6 +19,7 @@ from dejavu.config import ZEROING_ACTIVATIONS, Mode, ModelConfig, SamplingParams
 from dejavu.device import default_threads
 from dejavu.engine.crossover import measure_costs
 from dejavu.engine.generation import Batch, Chunk, Generation
+from dejavu.engine.prompt import Prompt, split_prompts
 from dejavu.engine.step import DecodeStep, can_capture
 from dejavu.engine.tokenizer import Tokenizer
 from dejavu.errors import CapacityError, CheckpointError, ConfigError
@@ -31,8 +31,6 @@ from dejavu.model.load import load_weights
 from dejavu.selection import Selector, make_selector
 from dejavu.selection.oracle import Importance
 from dejavu.selection.pack import check_pack, load_pack
-
-Prompt = str | Sequence[int]
 
 # Caches are made in multiples of this many tokens, so that requests of like length share one.
 CACHE_STEP = 256
@@ -66,6 +64,8 @@ class Engine:
         calibration: str | None = None,
         checkpoint: Checkpoint | None = None,
     ):
+        if calibration is not None and (selection is None or selection.policy != "static"):
+            raise ConfigError("a calibration text goes with a selection of policy static")
         self.decoder, self.tokenizer, self.checkpoint = decoder, tokenizer, checkpoint
         self.mode, self.selection = _choose_mode(mode, decoder.config, selection), selection
         self._selector = None if selection is None else self._make_selector(selection, calibration)
@@ -152,14 +152,15 @@ class Engine:
         """Continue one prompt, or a batch of prompts of any lengths.
 
         Args:
-            prompt: text, or token ids taken as they are; or a list of such prompts.
+            prompt: text, or token ids taken as they are; or several such prompts (engine.prompt).
             params: how to choose tokens; `sampling` overrides fields of it by name.
         Returns: a Generation, or for a list of prompts a list of them in the same order.
         Raises: ConfigError for a prompt or setting that makes no sense; CapacityError for a prompt longer than the
             context. Generation that reaches the end of the context finishes with "length".
         """
-        done = {chunk.row: chunk.generation for chunk in self.stream(prompt, params, **sampling) if chunk.generation}
-        return done[0] if _is_single(prompt) else [done[row] for row in sorted(done)]
+        prompts, single = split_prompts(prompt)
+        done = {chunk.row: chunk.generation for chunk in self.stream(prompts, params, **sampling) if chunk.generation}
+        return done[0] if single else [done[row] for row in sorted(done)]
 
     def stream(
         self, prompt: Prompt | Sequence[Prompt], params: SamplingParams | None = None, **sampling
@@ -170,10 +171,8 @@ class Engine:
         """
         started = perf_counter()
         params = replace(params or SamplingParams(), **sampling)
-        prompts = [self._prompt_ids(p) for p in ([prompt] if _is_single(prompt) else prompt)]
-        if not prompts:
-            raise ConfigError("the list of prompts is empty; give at least one")
-        return self._run(prompts, params, started)
+        prompts, _ = split_prompts(prompt)
+        return self._run([self._prompt_ids(p) for p in prompts], params, started)
 
     def logits(self, prompt: Prompt) -> Tensor:
         """The logits (T, V) float32 of every position of a prompt: text, or token ids taken as they are.
@@ -181,7 +180,10 @@ class Engine:
         In mode sparse every token reads only its own selection (model.hooks.TokenMasks).
         Raises: ConfigError, CapacityError as `generate` does.
         """
-        ids = self._prompt_ids(prompt)
+        prompts, single = split_prompts(prompt)
+        if not single:
+            raise ConfigError(f"logits are of one prompt, found a list of {len(prompts)}")
+        ids = self._prompt_ids(prompts[0])
         hooks = None if self._selector is None else TokenMasks(self._selector)
         cache = self.decoder.new_cache(1, len(ids))
         return self.decoder.prefill(torch.tensor(ids), cache, all_logits=True, hooks=hooks).cpu()
@@ -235,13 +237,13 @@ class Engine:
     def _context(self) -> int:
         return self.config.max_position_embeddings
 
-    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+    def _prompt_ids(self, prompt: str | list[int]) -> list[int]:
         V, context = self.config.vocab_size, self._context
         text = isinstance(prompt, str)
-        ids = self.tokenizer.encode(prompt) if text else list(prompt)
+        ids = self.tokenizer.encode(prompt) if text else prompt
         if not ids:
             raise ConfigError("the prompt is empty; give at least one token")
-        bad = next((i for i in ids if not (isinstance(i, Integral) and 0 <= i < V)), None)
+        bad = next((i for i in ids if not 0 <= i < V), None)
         if bad is not None and text:
             raise CheckpointError(f"the tokenizer gives token {bad}, but the model has only {V}: they do not match")
         if bad is not None:
@@ -252,10 +254,6 @@ class Engine:
                 "shorten it"
             )
         return ids
-
-
-def _is_single(prompt: Prompt | Sequence[Prompt]) -> bool:
-    return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Integral))
 
 
 def _choose_mode(mode: str, config: ModelConfig, selection: SelectionConfig | None) -> Mode:
