@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dejavu import device
-from dejavu.errors import ConfigError, KernelUnavailable
+from dejavu.errors import CapacityError, ConfigError, KernelUnavailable
 
 
 @pytest.mark.parametrize("name", ["fp32", "float32", "bf16", "bfloat16", "fp16", "float16"])
@@ -80,3 +80,37 @@ def test_hardware_facts():
     assert set(facts) == {"cpu", "cores", "memory_bytes", "gpu"}
     assert facts["cpu"] and facts["memory_bytes"] > 2**28
     assert (facts["gpu"] is not None) == torch.cuda.is_available()
+
+
+def limits(at: str, limit: str, cached: int = 0, v1: bool = False) -> dict[str, str]:
+    """The files of a cgroup that uses 500 bytes."""
+    names = ("limit_in_bytes", "usage_in_bytes") if v1 else ("max", "current")
+    values = {names[0]: limit, names[1]: "500", "stat": f"anon 1\ninactive_file {cached}\n"}
+    return {f"{at}memory.{name}": value for name, value in values.items()}
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "left"),
+    [
+        ("nonsense", {}, []),
+        ("0::/a/b\n", limits("", "900\n", 30), [430]),
+        ("0::/a/b\n", limits("a/b/", "max\n"), []),
+        ("0::/a/b\n", limits("a/b/", "700") | limits("a/", "600"), [200, 100]),
+        ("9:cpu:/z\n4:hugetlb,memory:/a\n0::/\n", limits("memory/a/", "900", 4, v1=True), [404]),
+    ],
+)
+def test_cgroup_memory(tmp_path, own, files, left):
+    (tmp_path / "own").write_text(own)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert device._cgroup_memory(tmp_path, tmp_path / "own") == left
+
+
+def test_memory_that_is_not_there_is_refused_with_the_figures(monkeypatch):
+    assert 2**27 < device.free_memory() <= device.hardware()["memory_bytes"]
+    device.require_memory(2**20, "cpu", "this", "never")
+    monkeypatch.setattr(device, "free_memory", lambda where: 10**9)
+    device.require_memory(10**9, "cpu", "this", "never")
+    with pytest.raises(CapacityError, match=r"^this would take 2,500.00 GB, and 1.00 GB are free; buy more$"):
+        device.require_memory(2.5e12, "cpu", "this", "buy more")

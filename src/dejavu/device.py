@@ -1,4 +1,4 @@
-"""What this machine is and can do: data types, threads, hardware facts. torch is imported at use."""
+"""What this machine is and can do: data types, threads, memory, hardware facts. torch is imported at use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dejavu.errors import ConfigError, KernelUnavailable
+from dejavu.errors import CapacityError, ConfigError, KernelUnavailable
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +71,62 @@ def _cgroup_cpus(root: Path) -> float | None:
         if quota not in ("max", "-1"):
             return int(quota) / int(period)
     return None
+
+
+def free_memory(device: str | torch.device = "cpu") -> int:
+    """Bytes that may be taken before the system, or the container's limit, takes the process down.
+
+    On a CPU what the kernel counts as available, within every cgroup limit that holds for this process (its own page
+    cache counts as free, since it is given back); on a GPU what is free there or held unused by PyTorch.
+    """
+    import torch
+
+    if torch.device(device).type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        free = _number_after(Path("/proc/meminfo").read_text(), "MemAvailable:") << 10
+    except (OSError, ValueError, IndexError):
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([free, *_cgroup_memory(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))])
+
+
+def require_memory(needed: float, device: str | torch.device, what: str, instead: str) -> None:
+    """Raises: CapacityError where `what` needs more bytes than are free; `instead`: what to do about it."""
+    free = free_memory(device)
+    if needed > free:
+        raise CapacityError(f"{what} would take {_gigabytes(needed)}, and {_gigabytes(free)} are free; {instead}")
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:,.2f} GB"
+
+
+def _number_after(text: str, name: str) -> int:
+    return int(text.partition(name)[2].split()[0])
+
+
+def _cgroup_memory(root: Path, own: Path) -> list[int]:
+    """What is left of each memory limit (cgroup v2, then v1) on this process's cgroup and on those around it."""
+    try:
+        # v2: "0::/a/b"; v1: "4:memory:/a/b". In a container the path may be the host's: then only the root is there.
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+        path = next(path for _, kinds, path in lines if kinds == "" or "memory" in kinds.split(","))
+    except (OSError, ValueError, StopIteration):
+        path = "/"
+    left = []
+    for base, limit, used in (
+        (root, "memory.max", "memory.current"),
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        leaf = base / path.lstrip("/")
+        for folder in (leaf, *leaf.parents):
+            try:
+                cached = _number_after("\n" + (folder / "memory.stat").read_text(), "\ninactive_file")
+                left.append(int((folder / limit).read_text()) - int((folder / used).read_text()) + cached)
+            except (OSError, ValueError, IndexError):  # none there, or no limit, which v2 writes as "max"
+                continue
+    return left
 
 
 def hardware() -> dict[str, str | int | None]:

@@ -191,3 +191,18 @@ def test_stats_add_up(bundled):
     # 29 steps attend to 8 .. 36 tokens, 22 in the mean; keys and values of 8 layers, 512 wide, float32
     assert stats.step_bytes["kv"] == 22 * 2 * 8 * 512 * 4
     assert json.loads(json.dumps(result.to_dict()))["stats"]["new_tokens"] == 30
+
+
+def test_a_cache_larger_than_the_memory_is_refused(tiny_checkpoint, monkeypatch):
+    """Before it fills up, token by token, until the system ends the process."""
+    engine = dejavu.load(tiny_checkpoint("llama", max_position_embeddings=2**40))
+    assert engine.generate([5] * 3, max_new_tokens=2).token_ids
+    with pytest.raises(
+        CapacityError, match=r"keys and values of 1 x 1,073,.* tokens would take .* GB, and .* use fewer"
+    ):
+        engine.generate([5] * 3, max_new_tokens=2**30)
+    monkeypatch.setattr("dejavu.device.free_memory", lambda where: 10**6)
+    with pytest.raises(CapacityError, match="keys and values of 80 x 256 tokens"):
+        engine.generate([[5]] * 80, max_new_tokens=2)
+    with pytest.raises(CapacityError, match=r"logits of 2,000 tokens would take 0.00 GB"):
+        engine.logits([5] * 2000)

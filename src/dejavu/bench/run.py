@@ -16,7 +16,7 @@ from dejavu.bench.decode import PROFILED, Dejavu, decode_times, random_prompt
 from dejavu.bench.peers import peer as find_peer
 from dejavu.bench.settings import Setting, Subject
 from dejavu.bench.timing import Run, interleave, percentiles_ms
-from dejavu.device import default_threads, hardware
+from dejavu.device import default_threads, free_memory
 from dejavu.engine.crossover import choosing_ms
 from dejavu.engine.step import can_capture
 
@@ -24,7 +24,7 @@ from dejavu.engine.step import can_capture
 SKIP = 4
 # Tokens of a run beside the prompt and those that are timed.
 EXTRA = SKIP + PROFILED
-# How much of the machine's memory models may fill when they are held side by side.
+# How much of the free memory models may fill when they are held side by side.
 MEMORY_SHARE = 0.8
 # What a bundle of weights takes beside itself while it is held: peers pack theirs anew.
 PEER_COPIES = 2
@@ -94,7 +94,7 @@ class _Bench:
         builds += [partial(self._peer, other) for other in peers]
         size = self._subject.weight_bytes
         held = sum(map(size, formats)) + PEER_COPIES * sum(size("bf16") for _ in peers)
-        keep = held < MEMORY_SHARE * hardware()["memory_bytes"]
+        keep = held < MEMORY_SHARE * free_memory()
         warmup = 1 if keep else 0
         total, done = (repeat + warmup) * (1 + len(settings) + len(peers)), iter(range(1 << 30))
         times = interleave(

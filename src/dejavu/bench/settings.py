@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from dejavu.bench import shapes
 from dejavu.bench.peers import Source
 from dejavu.bench.random_predictor import random_predictor
-from dejavu.checkpoint.layout import Quantization, allocate, parse_quantization
+from dejavu.checkpoint.layout import Quantization, parse_quantization, weight_bytes
 from dejavu.checkpoint.source import Checkpoint, open_checkpoint
 from dejavu.config import Mode, ModelConfig, SelectionConfig
 from dejavu.device import parse_dtype
@@ -122,15 +121,7 @@ class Subject:
 
     def weight_bytes(self, weights: str) -> int:
         """Memory of our weights in a format."""
-        sizes: list[int] = []
-
-        def note(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-            sizes.append(prod(shape) * dtype.itemsize)
-            return torch.empty(shape, dtype=dtype, device="meta")
-
-        dtype, quantization = _format(weights)
-        allocate(self.config, dtype, note, quantization)
-        return sum(sizes)
+        return weight_bytes(self.config, *_format(weights))
 
 
 def model(name: str, ops: ModuleType) -> Subject:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dejavu.bench.names import check_name
-from dejavu.checkpoint.layout import Quantization, Weights, allocate
+from dejavu.checkpoint.layout import Quantization, Weights, allocate, require_weight_memory
 from dejavu.config import ModelConfig
 from dejavu.errors import ConfigError
 from dejavu.kernels.quantized import LINE, Quantized, RowFormat, Weight, quantize
@@ -137,12 +137,14 @@ def random_weights(
         mlp_density: about this share of a ReLU MLP's neurons is active for any token. Normalised inputs make
             normal pre-activations, so a bias of the right size does it.
         quantization: random bytes are made directly, never a plain copy first.
-    Raises: ConfigError for a density outside (0, 1), or other than 0.5 where the MLP has no bias.
+    Raises: ConfigError for a density outside (0, 1), or other than 0.5 where the MLP has no bias; CapacityError for
+        weights larger than the free memory.
     """
     if not 0 < mlp_density < 1:
         raise ConfigError(f"mlp_density must be between 0 and 1, found {mlp_density}")
     if mlp_density != 0.5 and not config.mlp_bias:
         raise ConfigError(f"mlp_density {mlp_density} needs an MLP with a bias; this shape has none: use 0.5")
+    require_weight_memory(config, dtype, quantization, ops.empty((1,), torch.float32).device, "random weights")
     with torch.no_grad():
         weights = allocate(config, dtype, ops.empty, quantization)
         matrices = list(_matrices(config, weights))

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
 from dejavu.config import ModelConfig
+from dejavu.device import require_memory
 from dejavu.errors import ConfigError
 from dejavu.kernels.quantized import Quantized, RowFormat, Weight
+
+# Of the weights' size: what lies in memory while they are read, pieces of files and a matrix to transpose included.
+LOADING = 1.05
 
 Alloc = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
@@ -162,3 +167,25 @@ def allocate(
         final_norm=norm(config.final_norm),
         layers=[layer() for _ in range(config.num_hidden_layers)],
     )
+
+
+def weight_bytes(config: ModelConfig, dtype: torch.dtype, quantization: Quantization | None = None) -> int:
+    """Memory that `allocate` would take."""
+    sizes: list[int] = []
+
+    def note(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        sizes.append(prod(shape) * dtype.itemsize)
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    allocate(config, dtype, note, quantization)
+    return sum(sizes)
+
+
+def require_weight_memory(
+    config: ModelConfig, dtype: torch.dtype, quantization: Quantization | None, device: str | torch.device, name: str
+) -> None:
+    """Raises: CapacityError where the weights, and what loading them takes beside, don't fit into the free memory."""
+    needed = LOADING * weight_bytes(config, dtype, quantization)
+    form = str(dtype).removeprefix("torch.") if quantization is None else quantization.weights.name
+    smaller = "quantise them (weights int8 or int4)" if quantization is None else "use a smaller format"
+    require_memory(needed, device, f"{name}: the weights in {form}", f"{smaller}, or a machine with more memory")

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dejavu.artifacts import read_json
-from dejavu.errors import CheckpointError, ConfigError
+from dejavu.errors import CapacityError, CheckpointError, ConfigError
 
 BUNDLED = "opt-mini"
 CONFIG = "config.json"
@@ -189,6 +189,12 @@ def _open_safetensors(file: Path):
         return safe_open(file, "pt")
     except (SafetensorError, OSError) as error:
         raise _damaged(file, error) from error
+    except RuntimeError as error:
+        # PyTorch maps files so that the system counts them as memory, and may refuse more than the machine has.
+        raise CapacityError(
+            f"{file}: the system does not map {file.stat().st_size / 1e9:.0f} GB at once ({_first_line(error)}); "
+            "save the model in shards"
+        ) from error
 
 
 def _load_bin(file: Path) -> dict[str, Tensor]:

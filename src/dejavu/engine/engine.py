@@ -16,7 +16,7 @@ from dejavu.checkpoint.layout import Quantization, parse_quantization
 from dejavu.checkpoint.load import Progress
 from dejavu.checkpoint.source import BUNDLED, Checkpoint, open_checkpoint
 from dejavu.config import ZEROING_ACTIVATIONS, Mode, ModelConfig, SamplingParams, SelectionConfig
-from dejavu.device import default_threads
+from dejavu.device import default_threads, require_memory
 from dejavu.engine.crossover import measure_costs
 from dejavu.engine.generation import Batch, Chunk, Generation
 from dejavu.engine.prompt import Prompt, split_prompts
@@ -184,6 +184,9 @@ class Engine:
         if not single:
             raise ConfigError(f"logits are of one prompt, found a list of {len(prompts)}")
         ids = self._prompt_ids(prompts[0])
+        # Pieces of a prompt are put together at the end.
+        size = 2 * 4 * len(ids) * self.config.vocab_size
+        require_memory(size, self.decoder.device, f"logits of {len(ids):,} tokens", "ask for a shorter prompt")
         hooks = None if self._selector is None else TokenMasks(self._selector)
         cache = self.decoder.new_cache(1, len(ids))
         return self.decoder.prefill(torch.tensor(ids), cache, all_logits=True, hooks=hooks).cpu()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dejavu.config import ModelConfig
+from dejavu.device import require_memory
 
 
 @dataclass
@@ -45,6 +46,23 @@ class KVCache:
         hidden = None if pending is None else empty((L, batch, pending, config.hidden_size), torch.float32)
         kv_len = None if pending is None else empty((L, batch, G), torch.int32).zero_()
         return cls(empty(shape, dtype), empty(shape, dtype), cos_sin, hidden, kv_len)
+
+    @staticmethod
+    def require_memory(
+        config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, pending: int | None, device: torch.device
+    ) -> None:
+        """Raises: CapacityError where such a cache, once full, is larger than the free memory. The system itself gives
+        its pages one by one as tokens come, when it is too late to refuse."""
+        L, D = config.num_hidden_layers, config.head_dim
+        token = 2 * L * config.num_key_value_heads * D * dtype.itemsize
+        ring = 0 if pending is None else L * pending * config.hidden_size * 4
+        table = 0 if config.rope is None else capacity * D * 4
+        require_memory(
+            batch * (capacity * token + ring) + table,
+            device,
+            f"keys and values of {batch} x {capacity:,} tokens",
+            "use fewer rows, a shorter prompt or fewer new tokens",
+        )
 
     @contextmanager
     def unchanged(self, positions: Tensor) -> Iterator[None]:

@@ -59,8 +59,10 @@ class Decoder:
         """An empty cache for `batch` rows of up to `capacity` tokens, with its rotary table.
 
         With `pending`, keys and values are lazy: up to that many tokens of a head wait to be projected.
+        Raises: CapacityError where it would not fit into the free memory.
         """
         c = self.config
+        KVCache.require_memory(c, batch, capacity, self.weights.dtype, pending, self.device)
         table = None if c.rope is None else rope_table(c.rope, c.head_dim, capacity, c.max_position_embeddings)
         table = None if table is None else table.to(self.device)
         return KVCache.allocate(c, batch, capacity, self.weights.dtype, self.ops.empty, table, pending)

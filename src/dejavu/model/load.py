@@ -6,7 +6,7 @@ from types import ModuleType
 
 import torch
 
-from dejavu.checkpoint.layout import Quantization, Weights, allocate
+from dejavu.checkpoint.layout import Quantization, Weights, allocate, require_weight_memory
 from dejavu.checkpoint.load import Progress, fill, match, stored_dtype
 from dejavu.checkpoint.packed import packed_settings, packed_slots
 from dejavu.checkpoint.source import BYTES, DTYPE_NAMES, Checkpoint
@@ -68,10 +68,11 @@ def load_weights(
             float32 always.
         quantization: quantise the matrices as they are read; None: not.
         progress: called with (bytes done, bytes in all) as tensors are read.
-    Raises: CheckpointError for an unsupported or damaged checkpoint, before memory is taken; ConfigError and
-        KernelUnavailable for a dtype that does not exist or cannot run here.
+    Raises: CheckpointError for an unsupported or damaged checkpoint, and CapacityError for one larger than the free
+        memory, before memory is taken; ConfigError and KernelUnavailable for a dtype that does not exist or cannot run.
     """
     config, plan, names = plan_weights(checkpoint, dtype=dtype, device=device, quantization=quantization)
+    require_weight_memory(config, plan.dtype, plan.quantization, device, checkpoint.name)
     weights = allocate(config, plan.dtype, ops.empty, plan.quantization)
     packed = packed_settings(checkpoint) is not None
     slots = packed_slots(weights) if packed else family(config.model_type).slots(config, weights)

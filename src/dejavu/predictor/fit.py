@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from dejavu.artifacts import atomic_write, read_json, write_json
 from dejavu.config import ZEROING_ACTIVATIONS
+from dejavu.device import free_memory
 from dejavu.engine.bytes import step_bytes
 from dejavu.engine.engine import Engine
 from dejavu.errors import CapacityError, ConfigError, PackError
@@ -124,7 +125,7 @@ class _Work:
                 )
             return
         need = needs(self._engine, self._config)
-        if need["memory"] > (free := _free_memory()):
+        if need["memory"] > (free := free_memory()):
             raise CapacityError(
                 f"fit needs {need['memory'] >> 20} MB of memory, {free >> 20} MB are free; use fewer calibration_tokens"
             )
@@ -358,12 +359,3 @@ def push(source: str | os.PathLike, repo: str, *, private: bool = False) -> str:
 def _collected_windows(config: FitConfig) -> int:
     """A tenth more than what is learned from, to choose cuts by."""
     return config.tokens // config.window + max(1, config.tokens // config.window // 10)
-
-
-def _free_memory() -> int:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            found = next(line for line in file if line.startswith("MemAvailable"))
-        return int(found.split()[1]) << 10
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
