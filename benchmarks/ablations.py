@@ -88,7 +88,7 @@ class Bench:
         return [stored(parameters, form) for parameters in self.fitted[key]]
 
     def scores(self, predictors: Sequence[Predictor], ahead: int) -> list[Tensor]:
-        return [p.scores(reference, self.data(2 * i + 1, ahead).judge()[0]) for i, p in enumerate(predictors)]
+        return [p.scores(reference.linear, self.data(2 * i + 1, ahead).judge()[0]) for i, p in enumerate(predictors)]
 
     def selector(self, predictors: Sequence[Predictor], ahead: int) -> Select:
         config, ops = self.engine.config, self.engine.decoder.ops
@@ -228,7 +228,7 @@ def heads(bench: Bench) -> dict[str, dict[str, float]]:
         for layer in range(c.num_hidden_layers):
             data = bench.data(2 * layer + HEADS, ahead)
             predictors[2 * layer + HEADS] = stored(fit_heads(data), INT4)
-            scores = predictors[2 * layer + HEADS].scores(reference, data.judge()[0])
+            scores = predictors[2 * layer + HEADS].scores(reference.linear, data.judge()[0])
             cuts.append((Cut(c.num_attention_heads, scores.quantile(1 - HEADS_KEPT).item()), None))
         found = bench.judge.measure(PredictorSelector(predictors, Lookahead(heads=ahead), cuts, c, ops))
         out[f"{ahead} ahead"] = {"attn_density": found.attn_density, "kl": found.kl, "ppl_increase": found.ppl_increase}

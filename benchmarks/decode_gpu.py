@@ -61,7 +61,7 @@ class Subject:
 
     def __init__(self, name: str, args: argparse.Namespace, *, layers: int | None = None):
         shape, _, form = name.partition(":")
-        self.name, self.args, self.ops = name, args, backend("triton", args.device)
+        self.name, self.args, self.ops = name, args, backend("triton")
         self.quantized = RowFormat.parse(form) if form else None
         settings = shapes.shape(shape)
         self.config = c = shapes.parse(settings | {"num_hidden_layers": layers or settings["num_hidden_layers"]})
@@ -97,7 +97,7 @@ class Subject:
         selector = None
         if sparse:
             heads = c.num_attention_heads
-            selector = Watched(self._selector(mode), c.num_hidden_layers, heads, d.device)
+            selector = Watched(self._selector(mode), c.num_hidden_layers, heads, d)
         cache = d.new_cache(batch, max(prompts) + new + 8, self.selection.pending if lazy else None)
         shapes.fill_noise([(cache.k, 1.0), (cache.v, 1.0)], self.args.seed)
         if lazy:
@@ -126,13 +126,11 @@ class Subject:
 
         with self.ops.sequential() if mode == "sparse, in line" else nullcontext():
             start(min(prompts))
-            step()  # compiles the kernels
-            run = step
-            if device == "cuda":
-                torch.cuda.synchronize()
-                with self.ops.capture() as capture:
-                    step()
-                run = capture.graph.replay
+            if self.ops.can_record:
+                run = self.ops.record(step).replay
+            else:
+                run = step
+                step()  # compiles the kernels
         for prompt in prompts:
             start(prompt)
             run()
@@ -242,7 +240,7 @@ class Run:
         self.args, self.until, self.rows, self.notes = args, monotonic() + args.limit_s, [], []
         self.limit = None
         if args.device == "cuda":
-            self.limit = backend("triton", "cuda").read_bandwidth(4 << 30, 5)
+            self.limit = backend("triton").read_bandwidth(4 << 30, 5)
             self.rows_header = f"{torch.cuda.get_device_name()}: reads {self.limit / 1e9:.0f} GB/s"
             print(self.rows_header, flush=True)
 

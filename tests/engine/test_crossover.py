@@ -110,9 +110,9 @@ def test_a_predictor_of_a_part_read_whole_is_not_run():
     calls = []
 
     class Spy(Predictor):
-        def scores(self, ops, y):
+        def scores(self, linear, y):
             calls.append(id(self))
-            return super().scores(ops, y)
+            return super().scores(linear, y)
 
     ops, config = backend("reference"), SimpleNamespace(num_hidden_layers=2)
     torch.manual_seed(0)

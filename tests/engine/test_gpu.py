@@ -6,7 +6,6 @@ import torch
 import dejavu
 from dejavu.engine.crossover import Costs, measure_costs
 from dejavu.engine.step import FIRST_LOOK, DecodeStep
-from dejavu.kernels import beside
 from dejavu.selection import Cut, make_selector
 from dejavu.selection.pack import Pack, Point
 from dejavu.selection.predictor import Lookahead, Predictor
@@ -119,14 +118,14 @@ def test_sparse_graph_equals_eager_bit_for_bit_with_lookahead_beside(tiny_checkp
         def heads(self, layer, y, attend):
             result = None if self._heads is None else self._heads()
             neurons = self.weights[layer][1]
-            self._neurons = beside(d.ops, lambda: d.ops.select_topk(d.ops.linear(y, neurons), inter // 3), y)
+            self._neurons = d.ops.beside(lambda: d.ops.select_topk(d.ops.linear(y, neurons), inter // 3), y)
             return result
 
         def neurons(self, layer, y):
             result, self._heads = self._neurons(), None
             if layer + 1 < L:
                 heads = self.weights[layer + 1][0]
-                self._heads = beside(d.ops, lambda: d.ops.select_topk(d.ops.linear(y, heads), H // 2), y)
+                self._heads = d.ops.beside(lambda: d.ops.select_topk(d.ops.linear(y, heads), H // 2), y)
             return result
 
     def logits():

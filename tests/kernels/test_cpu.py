@@ -12,7 +12,7 @@ import torch
 from dejavu.errors import ConfigError, KernelUnavailable
 from dejavu.kernels import backend, cpu, reference
 
-OPS = ("embed", "add_positions", "add_norm", "linear", "attn_qkv", "attend", "attn_out", "mlp", "empty")
+OPS = ("embed", "add_positions", "add_norm", "linear", "attn_qkv", "attend", "attn_out", "mlp")
 ISAS = ("avx512", "avx2", "portable")
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from statistics import NormalDist
-from types import ModuleType
 
 import torch
 
 from dejavu.bench.shapes import fill_noise, fill_quantized
 from dejavu.config import ModelConfig, SelectionConfig
+from dejavu.kernels.base import Backend
 from dejavu.kernels.quantized import Quantized, RowFormat, Weight
 from dejavu.selection import Cut
 from dejavu.selection.predictor import Lookahead, Predictor, PredictorSelector
@@ -22,7 +22,7 @@ def predictor_rank(config: ModelConfig, quantized: RowFormat | None = None) -> i
 
 def random_predictor(
     config: ModelConfig,
-    ops: ModuleType,
+    ops: Backend,
     selection: SelectionConfig,
     dtype: torch.dtype = torch.bfloat16,
     quantized: RowFormat | None = None,
@@ -63,7 +63,7 @@ def random_predictor(
     return PredictorSelector(predictors, Lookahead(), cuts, config, ops)
 
 
-def _random(shape: tuple[int, int], ops: ModuleType, dtype: torch.dtype, form: RowFormat | None) -> Weight:
+def _random(shape: tuple[int, int], ops: Backend, dtype: torch.dtype, form: RowFormat | None) -> Weight:
     if form is not None:
         weight = Quantized(ops.empty((shape[0], form.row_bytes(shape[1])), torch.uint8), shape[1], form)
         fill_quantized(weight, shape[1] ** -0.5)

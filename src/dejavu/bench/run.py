@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from functools import partial
 from os import PathLike
 from time import perf_counter
-from types import ModuleType
 from typing import Any, NamedTuple
 
 from dejavu.bench.bandwidth import read_bandwidth
@@ -19,6 +18,7 @@ from dejavu.bench.timing import Run, interleave, percentiles_ms
 from dejavu.device import default_threads, free_memory
 from dejavu.engine.crossover import choosing_ms
 from dejavu.engine.step import can_capture
+from dejavu.kernels.base import Backend
 
 # First steps of every run, which don't count.
 SKIP = 4
@@ -49,7 +49,7 @@ Progress = Callable[[str, int, int], None]
 
 def measure(
     subject: Subject,
-    ops: ModuleType,
+    ops: Backend,
     settings: Sequence[Setting],
     peers: Sequence[PeerRun] = (),
     *,
@@ -80,7 +80,7 @@ def measure(
 
 
 class _Bench:
-    def __init__(self, subject: Subject, ops: ModuleType, new_tokens: int, threads: int, folder: str | PathLike):
+    def __init__(self, subject: Subject, ops: Backend, new_tokens: int, threads: int, folder: str | PathLike):
         self._subject, self._ops, self._new = subject, ops, new_tokens
         self._threads, self._folder = threads, folder
         self._facts: dict[str, dict[str, Any]] = {}  # by run: what it says of itself, beside times

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from dejavu.checkpoint.source import Checkpoint, open_checkpoint
 from dejavu.config import Mode, ModelConfig, SelectionConfig
 from dejavu.device import parse_dtype
 from dejavu.errors import ConfigError
+from dejavu.kernels.base import Backend
 from dejavu.kernels.quantized import RowFormat
 from dejavu.model.decoder import Decoder
 from dejavu.model.load import load_weights
@@ -124,7 +124,7 @@ class Subject:
         return weight_bytes(self.config, *_format(weights))
 
 
-def model(name: str, ops: ModuleType) -> Subject:
+def model(name: str, ops: Backend) -> Subject:
     """A checkpoint: a folder, a hub id, or the bundled model. Raises: CheckpointError."""
     checkpoint = open_checkpoint(name)
     return Subject(
@@ -142,13 +142,13 @@ def _format(weights: str) -> tuple[torch.dtype, Quantization | None]:
     return torch.bfloat16, parse_quantization(weights, embeddings=True)
 
 
-def _load(checkpoint: Checkpoint, ops: ModuleType, weights: str) -> Decoder:
+def _load(checkpoint: Checkpoint, ops: Backend, weights: str) -> Decoder:
     dtype, quantization = _format(weights)
     name = "fp32" if dtype == torch.float32 else "bf16"
     return Decoder(*load_weights(checkpoint, ops=ops, dtype=name, quantization=quantization), ops)
 
 
-def shape(name: str, ops: ModuleType, seed: int = 0, activity: float = 0.1) -> Subject:
+def shape(name: str, ops: Backend, seed: int = 0, activity: float = 0.1) -> Subject:
     """Random weights in a named shape, of which a share `activity` of the neurons fires. Raises: ConfigError.
 
     Its policy `static` reads random sets that stay, since no text could say which units matter.
@@ -174,7 +174,7 @@ def policy_selector(decoder: Decoder, setting: Setting) -> Selector:
     return make_selector(setting.selection, decoder.config, decoder.weights, decoder.ops)
 
 
-def fixed_sets(config: ModelConfig, ops: ModuleType, selection: SelectionConfig, batch: int = 1) -> StaticSelector:
+def fixed_sets(config: ModelConfig, ops: Backend, selection: SelectionConfig, batch: int = 1) -> StaticSelector:
     """Random units of each layer, the same for all tokens: what reading costs, with no choosing in it.
 
     With a batch it is the union of a set for each row, drawn independently: the most that a union can be on average.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from statistics import NormalDist
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from dejavu.bench.names import check_name
 from dejavu.checkpoint.layout import Quantization, Weights, allocate, require_weight_memory
 from dejavu.config import ModelConfig
 from dejavu.errors import ConfigError
+from dejavu.kernels.base import Backend
 from dejavu.kernels.quantized import LINE, Quantized, RowFormat, Weight, quantize
 from dejavu.model import family
 
@@ -125,7 +125,7 @@ def fill_quantized(matrix: Quantized, std: float, seed: int = 0) -> None:
 def random_weights(
     config: ModelConfig,
     dtype: torch.dtype,
-    ops: ModuleType,
+    ops: Backend,
     seed: int = 0,
     mlp_density: float = 0.5,
     quantization: Quantization | None = None,
@@ -144,7 +144,7 @@ def random_weights(
         raise ConfigError(f"mlp_density must be between 0 and 1, found {mlp_density}")
     if mlp_density != 0.5 and not config.mlp_bias:
         raise ConfigError(f"mlp_density {mlp_density} needs an MLP with a bias; this shape has none: use 0.5")
-    require_weight_memory(config, dtype, quantization, ops.empty((1,), torch.float32).device, "random weights")
+    require_weight_memory(config, dtype, quantization, ops.device, "random weights")
     with torch.no_grad():
         weights = allocate(config, dtype, ops.empty, quantization)
         matrices = list(_matrices(config, weights))

@@ -72,7 +72,7 @@ def bench(
 
     if model is not None and shape is not None:
         raise typer.BadParameter("give either MODEL or --shape")
-    ops = load_backend(backend, "cpu")
+    ops = load_backend("cpu" if backend == "auto" else backend)
     set_threads(ops, threads)
     if activity is None:
         # What a predictor selects mostly fires; a random set would else read a tenth of its fc2 rows.
@@ -99,7 +99,7 @@ def bench(
         fields = measure(
             subject, ops, chosen, others, new_tokens=new_tokens, repeat=repeat, threads=threads, work=work, progress=bar
         )
-    fields = {"backend": ops.__name__.rpartition(".")[2], **fields}
+    fields = {"backend": ops.name, **fields}
     if not shape:
         engine = Engine.load(model or BUNDLED, dtype=formats[0], threads=threads, backend=backend)
         ids = [engine.config.bos_token_id or 0] * min(prompts)

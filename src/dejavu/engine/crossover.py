@@ -7,10 +7,11 @@ counted while decoding (engine.step), since the union of a batch depends on the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
-from types import ModuleType
 from weakref import WeakKeyDictionary
 
 import torch
@@ -72,10 +73,8 @@ def measure_costs(decoder: Decoder, batch: int, pending: int | None, selector: S
         pending: as DecodeStep takes it.
         selector: capturable.
     """
-    ops = decoder.ops
-    threads = ops.num_threads() if hasattr(ops, "num_threads") else None
     known = _remembered.setdefault(decoder, {})
-    key = batch, pending, threads, tuple(map(tuple, selector.cuts)), getattr(selector, "nbytes", 0)
+    key = batch, pending, decoder.ops.num_threads(), tuple(map(tuple, selector.cuts)), getattr(selector, "nbytes", 0)
     if key not in known:
         with torch.inference_mode():
             known[key] = _Meter(decoder, batch, pending).costs(selector)
@@ -190,28 +189,20 @@ def _no_attention() -> None:
 
 def _milliseconds(decoder: Decoder, works: Sequence[Work], layers: int) -> list[float]:
     """The best time of each, by layer, taken in turns: the best, since other programs only ever add to it."""
-    graphs = [_record(decoder.ops, decoder.device, work, before) for work, before in works]
+    graphs = [decoder.ops.record(work, partial(_after, before)) for work, before in works]
     best = [float("inf")] * len(works)
     for _ in range(_ROUNDS):
         for i, (graph, (_, before)) in enumerate(zip(graphs, works, strict=True)):
             before()
-            _wait(decoder.device)
+            decoder.ops.wait()
             began = perf_counter()
             graph.replay()
-            _wait(decoder.device)
+            decoder.ops.wait()
             best[i] = min(best[i], perf_counter() - began)
     return [seconds * 1e3 / layers for seconds in best]
 
 
-def _record(ops: ModuleType, device: torch.device, work: Callable[[], None], before: Callable[[], object]):
-    if device.type == "cuda":
-        before()
-        work()  # kernels are compiled at their first call, which cannot be captured
-    with ops.capture() as capture:
-        work()
-    return capture.graph
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+@contextmanager
+def _after(before: Callable[[], object]) -> Iterator[None]:
+    before()
+    yield

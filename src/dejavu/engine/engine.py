@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from os import PathLike
 from time import perf_counter
-from types import ModuleType
 from typing import Literal, get_args
 
 import torch
@@ -24,6 +23,7 @@ from dejavu.engine.step import DecodeStep, can_capture
 from dejavu.engine.tokenizer import Tokenizer
 from dejavu.errors import CapacityError, CheckpointError, ConfigError
 from dejavu.kernels import backend as load_backend
+from dejavu.kernels.base import Backend
 from dejavu.model import family
 from dejavu.model.decoder import Decoder
 from dejavu.model.hooks import TokenMasks
@@ -112,14 +112,13 @@ class Engine:
         elif quality is not None:
             raise ConfigError("quality chooses among a pack's settings: name a pack")
         quantization = parse_quantization(weights, quantize_embeddings)
-        device = "cuda" if backend in ("auto", "triton") and torch.cuda.is_available() else "cpu"
-        ops = load_backend(backend, device)
+        ops = load_backend(backend)
         set_threads(ops, threads)
         checkpoint = open_checkpoint(model, revision=revision)
         # What can fail fast comes before the weights, which may take minutes.
         config = family(checkpoint.config.get("model_type")).parse(checkpoint.config)
         mode, tokenizer = _choose_mode(mode, config, selection), Tokenizer(checkpoint.path, config)
-        settings = {"ops": ops, "dtype": dtype, "device": device, "quantization": quantization, "progress": progress}
+        settings = {"ops": ops, "dtype": dtype, "quantization": quantization, "progress": progress}
         config, loaded = load_weights(checkpoint, **settings)
         return cls(Decoder(config, loaded, ops), tokenizer, mode, selection, calibration, checkpoint)
 
@@ -276,11 +275,8 @@ def _choose_mode(mode: str, config: ModelConfig, selection: SelectionConfig | No
     return mode
 
 
-def set_threads(ops: ModuleType, threads: int | None) -> None:
+def set_threads(ops: Backend, threads: int | None) -> None:
     """Of a backend and of PyTorch; None: all that the process may use. Raises: ConfigError for a count below 1."""
     if threads is not None and threads < 1:
         raise ConfigError(f"threads must be a positive integer, found {threads}")
-    count = threads or default_threads()
-    torch.set_num_threads(count)
-    if hasattr(ops, "set_threads"):
-        ops.set_threads(count)
+    ops.set_threads(threads or default_threads())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ class DecodeStep:
         self._steps = 0
         self._selector = None
         if selector is not None:
-            self._selector = Watched(selector, L, decoder.config.num_attention_heads, decoder.device)
+            self._selector = Watched(selector, L, decoder.config.num_attention_heads, decoder)
         self._graph = None
         if can_capture(decoder, selector):
             self._capture()
@@ -118,7 +119,7 @@ class DecodeStep:
             with torch.inference_mode():
                 logits = self._step()
         self._steps += 1
-        if self._selector is not None and not self._selector.on_gpu:
+        if self._selector is not None and not self._selector.in_step:
             self._selector.count()
         logits = logits.cpu()
         if self._costs is not None and self._steps >= FIRST_LOOK and self._steps & (self._steps - 1) == 0:
@@ -127,22 +128,24 @@ class DecodeStep:
 
     def op_seconds(self) -> dict[str, float] | None:
         """Seconds by op of one more run over the tokens fed; None where that is not known."""
-        timed = getattr(self._graph, "replay_timed", None)
-        return None if timed is None else timed()
+        return None if self._graph is None else self._graph.replay_timed()
 
     def _capture(self) -> None:
+        def work() -> None:
+            self._logits = self._step()
+
         with torch.inference_mode():
-            if self._decoder.device.type == "cuda":
-                # Kernels are compiled at their first call, which cannot be captured. It repeats the last step in place.
-                counts = [self.rows_read] if self._selector is None else [self.rows_read, self._selector.totals]
-                before = [count.clone() for count in counts]
-                with self.cache.unchanged(self._inputs[1].long()):
-                    self._step()
-                for count, value in zip(counts, before, strict=True):
-                    count.copy_(value)
-            with self._decoder.ops.capture() as capture:
-                self._logits = self._step()
-        self._graph = capture.graph
+            self._graph = self._decoder.ops.record(work, self._unchanged)
+
+    @contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        """Inside, the last step may be repeated in place; then cache and counts are as before."""
+        counts = [self.rows_read] if self._selector is None else [self.rows_read, self._selector.totals]
+        before = [count.clone() for count in counts]
+        with self.cache.unchanged(self._inputs[1].long()):
+            yield
+        for count, value in zip(counts, before, strict=True):
+            count.copy_(value)
 
     def _look(self) -> None:
         """Read whole what costs less so, by the mean of what was selected since the last reset.
@@ -171,25 +174,25 @@ class DecodeStep:
         logits = self._decoder.step(
             *self._inputs, self.cache, mode=self._mode, selector=self._selector, rows_read=self.rows_read
         )
-        if self._selector is not None and self._selector.on_gpu:
+        if self._selector is not None and self._selector.in_step:
             self._selector.count()
         return logits
 
 
 def can_capture(decoder: Decoder, selector: Selector | None) -> bool:
     """Whether a step is recorded once and replayed."""
-    return hasattr(decoder.ops, "capture") and (selector is None or selector.capturable)
+    return decoder.ops.can_record and (selector is None or selector.capturable)
 
 
 class Watched:
     """A selector, and how many heads it has selected in each layer: `totals` (L,) int64.
 
-    `count` adds a step's counts: on a GPU as part of the step, which thus never waits for the host; else after it,
-    through numpy, as the tape of the CPU records no tensor ops.
+    `count` adds a step's counts: as part of the step where PyTorch's ops are recorded with it, so that a GPU never
+    waits for the host; else after it, through numpy.
     """
 
-    def __init__(self, selector: Selector, layers: int, heads: int, device: torch.device):
-        self.on_gpu = device.type == "cuda"
+    def __init__(self, selector: Selector, layers: int, heads: int, decoder: Decoder):
+        device, self.in_step = decoder.device, decoder.ops.records_torch
         self.totals = torch.zeros(layers, dtype=torch.int64, device=device)
         self._every = torch.tensor([heads], dtype=torch.int32, device=device)
         self._lead(selector)
@@ -213,11 +216,11 @@ class Watched:
     def heads(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> Selection:
         selection = self._selector.heads(layer, y, attend)
         if selection is not None:
-            self._counts[layer] = selection[1] if self.on_gpu else selection[1].numpy()
+            self._counts[layer] = selection[1] if self.in_step else selection[1].numpy()
         return selection
 
     def count(self) -> None:
-        if self.on_gpu:
+        if self.in_step:
             self.totals += torch.cat([self._counts.get(layer, self._every) for layer in range(len(self.totals))])
             return
         totals, every = self.totals.numpy(), int(self._every)

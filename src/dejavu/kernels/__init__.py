@@ -1,55 +1,46 @@
-"""The only door to the kernels. A backend is a module with the ops of reference.py, and:
-
-- `empty(shape, dtype) -> Tensor`: uninitialised memory fit for weights and caches;
-- `capture()`: a context manager whose `.graph` holds the ops called inside it. `graph.replay()` runs them
-  again on the same tensors in one native call (CPU) or as one CUDA graph. Everything that changes
-  from step to step (token ids, positions, counts) therefore lives in tensors.
-
-A GPU's backend also has `beside(work, *inputs)`, which runs work on a second stream; `beside` below serves all.
-"""
+"""The only door to the kernels: picks the backend. What one is, says base.py; what an op means, reference.py."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from functools import cache
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from dejavu.errors import ConfigError, KernelUnavailable
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from dejavu.kernels.base import Backend
 
-BACKENDS = ("cpu", "triton", "reference")
+# By name, where each lies; imported at use.
+BACKENDS = {
+    "cpu": "dejavu.kernels.cpu.backend",
+    "triton": "dejavu.kernels.triton.backend",
+    "reference": "dejavu.kernels.base",
+}
 
 
-def backend(name: str = "auto", device: str = "cpu") -> ModuleType:
-    """Load a backend.
+def backend(name: str = "auto") -> Backend:
+    """A backend, the same one at every call.
 
     Args:
-        name: one of BACKENDS, or "auto": the fastest for the device.
-        device: "cpu" or "cuda".
+        name: one of BACKENDS, or "auto": triton where there is an NVIDIA GPU, else cpu.
     Raises: ConfigError for an unknown name; KernelUnavailable where an explicit choice cannot run here.
     """
     if name == "auto":
-        name = "triton" if device.startswith("cuda") else "cpu"
+        import torch
+
+        name = "triton" if torch.cuda.is_available() else "cpu"
     if name not in BACKENDS:
         raise ConfigError(f"backend {name!r} does not exist; choose one of: auto, {', '.join(BACKENDS)}")
     if name == "triton":
         _require_gpu()
-    return import_module(f"dejavu.kernels.{name}")
+    return _load(BACKENDS[name])
 
 
-def beside(ops: ModuleType, work: Callable[[], Sequence[Tensor]], *inputs: Tensor) -> Callable[[], Sequence[Tensor]]:
-    """Start work that is not needed yet; the function returned waits for it, and is called once, where it is needed.
-
-    On a GPU the work runs beside what the caller does next (kernels.triton.graph.beside). Other backends do it at once.
-    """
-    if hasattr(ops, "beside"):
-        return ops.beside(work, *inputs)
-    result = work()
-    return lambda: result
+@cache
+def _load(module: str) -> Backend:
+    return import_module(module).BACKEND()
 
 
 def _require_gpu() -> None:

@@ -319,8 +319,3 @@ def _select_rows(rows: Weight, bias: Tensor | None, neurons: Selection) -> tuple
         return rows, bias, rows.shape[0]
     idx = neurons[0][: int(neurons[1])].long()
     return rows[idx], None if bias is None else bias[idx], idx.numel()
-
-
-def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory for weights and caches, on the CPU."""
-    return torch.empty(shape, dtype=dtype)

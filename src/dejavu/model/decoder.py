@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,8 @@ from torch import Tensor
 
 from dejavu.checkpoint.layout import Layer, Norm, Weights
 from dejavu.config import ZEROING_ACTIVATIONS, Mode, ModelConfig
-from dejavu.kernels.quantized import Quantized, Weight, dense
+from dejavu.kernels.base import Backend
+from dejavu.kernels.quantized import dense
 from dejavu.kernels.reference import Selection, activate, rotate
 from dejavu.model.cache import KVCache
 from dejavu.model.hooks import Hooks
@@ -26,9 +26,6 @@ from dejavu.selection.selector import Selector
 
 # Prefill works through a prompt in chunks, so that memory does not grow with T * I or T * S.
 PREFILL_CHUNK = 1024
-
-# Weights that prefill converts to float32 at a time on a CPU: 64 MB.
-_CONVERT_ELEMENTS = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -46,11 +43,11 @@ class Decoder:
 
     Args:
         config: the architecture.
-        weights: in kernel layout, all on one device.
-        ops: the kernel backend of that device (dejavu.kernels.backend).
+        weights: in kernel layout, on the backend's device.
+        ops: the backend.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, ops: ModuleType):
+    def __init__(self, config: ModelConfig, weights: Weights, ops: Backend):
         self.config, self.weights, self.ops = config, weights, ops
         self.scale = config.head_dim**-0.5
         self.device = weights.embed.device
@@ -214,7 +211,7 @@ class Decoder:
         positions = torch.cat([torch.arange(s.start, s.start + s.end - s.begin) for s in spans]).to(self.device)
         x = dense(w.embed[ids])
         if w.project_in is not None:
-            x = _matmul(x, _plain(w.project_in, w.dtype).T)
+            x = self.ops.matmul(x, self.ops.plain(w.project_in, w.dtype).T)
         if w.position_table is not None:
             x = x + w.position_table[positions + c.position_offset].float()
         hooks.begin(x, positions)
@@ -235,11 +232,11 @@ class Decoder:
         self, y: Tensor, layer: Layer, cache: KVCache, i: int, positions: Tensor, spans: Sequence[_Span], hooks: Hooks
     ) -> Tensor:
         # Quantised weights are unpacked for the GEMMs one block of a layer at a time.
-        blocks = _plain(layer.attn.blocks, self.weights.dtype)
+        blocks = self.ops.plain(layer.attn.blocks, self.weights.dtype)
         G, _, D, C = blocks.shape
         r, T = layer.attn.heads_per_group, y.shape[0]
         # One batched GEMM over the groups reads q, k and v in place: (G, T, (r+2) D).
-        qkv = _matmul(y, blocks[:, : r + 2].view(G, (r + 2) * D, C).transpose(1, 2)).view(G, T, r + 2, D)
+        qkv = self.ops.matmul(y, blocks[:, : r + 2].view(G, (r + 2) * D, C).transpose(1, 2)).view(G, T, r + 2, D)
         if layer.attn.qkv_bias is not None:
             qkv = qkv + layer.attn.qkv_bias[:, None]
         q, k, v = qkv[:, :, :r], qkv[:, :, r], qkv[:, :, r + 1]
@@ -257,7 +254,7 @@ class Decoder:
         o = hooks.heads(i, y, o.transpose(0, 1).float()).transpose(0, 1)
         out = torch.zeros(T, C, device=y.device)
         for h in range(G * r):
-            out += _matmul(o[h], blocks[h // r, r + 2 + h % r])
+            out += self.ops.matmul(o[h], blocks[h // r, r + 2 + h % r])
         return out if layer.attn.out_bias is None else out + layer.attn.out_bias
 
     def _attend_span(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, i: int, span: _Span) -> Tensor:
@@ -283,48 +280,30 @@ class Decoder:
         )[0]
 
     def _mlp(self, y: Tensor, layer: Layer, i: int, hooks: Hooks) -> Tensor:
-        c, rows = self.config, _plain(layer.mlp.rows, self.weights.dtype)
+        c, rows = self.config, self.ops.plain(layer.mlp.rows, self.weights.dtype)
         bias = None if layer.mlp.in_bias is None else layer.mlp.in_bias.view(rows.shape[0], -1)
 
         def up(part: int) -> Tensor:
-            out = _matmul(y, rows[:, part].T)
+            out = self.ops.matmul(y, rows[:, part].T)
             return out if bias is None else out + bias[:, part]
 
         h = activate(up(0), c.activation, c.activation_threshold)
         if c.gated:
             gate, h = h, up(1)
             h = gate * (activate(h, c.activation, c.activation_threshold) if c.activate_up else h)
-        out = _matmul(hooks.neurons(i, y, h), rows[:, -1])
+        out = self.ops.matmul(hooks.neurons(i, y, h), rows[:, -1])
         return out if layer.mlp.out_bias is None else out + layer.mlp.out_bias
 
     def _head(self, x: Tensor) -> Tensor:
         w = self.weights
         y = self._plain_norm(x, w.final_norm) if self.config.final_norm else x
-        y = y if w.project_out is None else _matmul(y, _plain(w.project_out, w.dtype).T)
-        return _matmul(y, _plain(w.head, w.dtype).T)
+        y = y if w.project_out is None else self.ops.matmul(y, self.ops.plain(w.project_out, w.dtype).T)
+        return self.ops.matmul(y, self.ops.plain(w.head, w.dtype).T)
 
     def _plain_norm(self, x: Tensor, norm: Norm) -> Tensor:
         if self.config.norm == "rms":
             return F.rms_norm(x, x.shape[-1:], norm.weight, self.config.norm_eps)
         return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, self.config.norm_eps)
-
-
-def _plain(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """The weights as a tensor for `_matmul`: quantised ones in float32 on a CPU, as the decode kernels see them."""
-    if not isinstance(weight, Quantized):
-        return weight
-    return weight.dequantize(dtype if weight.device.type == "cuda" else torch.float32)
-
-
-def _matmul(x: Tensor, w: Tensor) -> Tensor:
-    """x @ w in float32. x: (..., T, K) float32; w: (..., K, N)."""
-    if w.is_cuda:
-        return (x.to(w.dtype) @ w).float()
-    # A CPU without bf16 arithmetic multiplies bf16 matrices 15 times slower than float32 ones: convert, piece by piece.
-    step = max(1, _CONVERT_ELEMENTS // w[..., :1].numel())
-    if step >= w.shape[-1]:
-        return x @ w.float()
-    return torch.cat([x @ w[..., n : n + step].float() for n in range(0, w.shape[-1], step)], -1)
 
 
 def _each(x: Tensor, times: int) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 
 from dejavu.checkpoint.layout import Quantization, Weights, allocate, require_weight_memory
@@ -13,6 +11,7 @@ from dejavu.checkpoint.source import BYTES, DTYPE_NAMES, Checkpoint
 from dejavu.config import ModelConfig
 from dejavu.device import choose_dtype
 from dejavu.errors import CheckpointError, ConfigError
+from dejavu.kernels.base import Backend
 from dejavu.model import family
 
 
@@ -53,9 +52,8 @@ def plan_weights(
 def load_weights(
     checkpoint: Checkpoint,
     *,
-    ops: ModuleType,
+    ops: Backend,
     dtype: str = "auto",
-    device: str = "cpu",
     quantization: Quantization | None = None,
     progress: Progress | None = None,
 ) -> tuple[ModelConfig, Weights]:
@@ -63,7 +61,7 @@ def load_weights(
     quantised, their size and one matrix.
 
     Args:
-        ops: the kernel backend, whose `empty` allocates on `device`.
+        ops: the backend, on whose device the weights lie.
         dtype: of the matrices: "fp32", "bf16", "fp16", or "auto" (device.choose_dtype). Norms and biases are
             float32 always.
         quantization: quantise the matrices as they are read; None: not.
@@ -71,8 +69,8 @@ def load_weights(
     Raises: CheckpointError for an unsupported or damaged checkpoint, and CapacityError for one larger than the free
         memory, before memory is taken; ConfigError and KernelUnavailable for a dtype that does not exist or cannot run.
     """
-    config, plan, names = plan_weights(checkpoint, dtype=dtype, device=device, quantization=quantization)
-    require_weight_memory(config, plan.dtype, plan.quantization, device, checkpoint.name)
+    config, plan, names = plan_weights(checkpoint, dtype=dtype, device=ops.device.type, quantization=quantization)
+    require_weight_memory(config, plan.dtype, plan.quantization, ops.device, checkpoint.name)
     weights = allocate(config, plan.dtype, ops.empty, plan.quantization)
     packed = packed_settings(checkpoint) is not None
     slots = packed_slots(weights) if packed else family(config.model_type).slots(config, weights)

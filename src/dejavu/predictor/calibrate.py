@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from dejavu.checkpoint.layout import Weights
 from dejavu.config import ModelConfig
 from dejavu.kernels import reference
+from dejavu.kernels.base import Backend
 from dejavu.model.decoder import Decoder
 from dejavu.model.hooks import TokenMasks
 from dejavu.predictor.train import Data
@@ -53,7 +53,7 @@ class Option:
 def block_options(block: int, predictor: Predictor, data: Data, weights: Weights) -> list[Option]:
     """The options of a block, cheapest first; the last reads all."""
     y, norms = data.judge()
-    scores, square, active = predictor.scores(reference, y), norms.pow(2), norms > 0
+    scores, square, active = predictor.scores(reference.linear, y), norms.pow(2), norms > 0
     tokens, units = scores.shape
     layer = weights.layers[block // 2]
     if block % 2 == HEADS:
@@ -207,7 +207,7 @@ class Search:
 
 
 def make_select(
-    predictors: dict[int, Predictor], lookahead: Lookahead, config: ModelConfig, ops: ModuleType
+    predictors: dict[int, Predictor], lookahead: Lookahead, config: ModelConfig, ops: Backend
 ) -> Callable[[Sequence[Cut | None]], PredictorSelector]:
     """A function from cuts by block to a selector."""
 

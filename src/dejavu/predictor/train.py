@@ -167,7 +167,7 @@ def _bytes_needed(data: Data, predictor: Predictor, mlp: Mlp) -> float:
     Whole neurons: where rows are short, the hardware prefetches the output rows that are skipped (docs/log.md).
     """
     y, norms = data.judge()
-    scores = predictor.scores(reference, y)
+    scores = predictor.scores(reference.linear, y)
     square = norms.pow(2)
     order = scores.flatten().argsort(descending=True)
     held = square.flatten()[order].double().cumsum(0)

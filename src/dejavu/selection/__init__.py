@@ -14,13 +14,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 
 from torch import Tensor
 
 from dejavu.checkpoint.layout import Weights
 from dejavu.config import ModelConfig, SelectionConfig
 from dejavu.errors import ConfigError
+from dejavu.kernels.base import Backend
 from dejavu.selection.selector import Cut, ScoreSelector, Selector
 
 __all__ = ["Cut", "ScoreSelector", "Selector", "make_selector"]
@@ -30,7 +30,7 @@ def make_selector(
     selection: SelectionConfig,
     config: ModelConfig,
     weights: Weights,
-    ops: ModuleType,
+    ops: Backend,
     *,
     importance: Sequence[tuple[Tensor, Tensor]] | None = None,
 ) -> ScoreSelector:

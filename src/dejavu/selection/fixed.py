@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from dejavu.kernels.base import Backend
 from dejavu.kernels.reference import Selection
 from dejavu.selection.selector import Cuts, ScoreSelector
 
@@ -25,7 +25,7 @@ class _Buffers(ScoreSelector):
         device: of the model.
     """
 
-    def __init__(self, cuts: Cuts, ops: ModuleType, totals: tuple[int, int], device: torch.device):
+    def __init__(self, cuts: Cuts, ops: Backend, totals: tuple[int, int], device: torch.device):
         super().__init__(cuts, ops)
         self._totals, self._device = totals, device
         self._buffers = [
@@ -60,7 +60,7 @@ class StaticSelector(_Buffers):
         importance: of each head (H,) and each neuron (I,), for each layer.
     """
 
-    def __init__(self, cuts: Cuts, ops: ModuleType, importance: Sequence[tuple[Tensor, Tensor]], device: torch.device):
+    def __init__(self, cuts: Cuts, ops: Backend, importance: Sequence[tuple[Tensor, Tensor]], device: torch.device):
         self._importance = importance
         super().__init__(cuts, ops, (importance[0][0].numel(), importance[0][1].numel()), device)
 
@@ -71,7 +71,7 @@ class StaticSelector(_Buffers):
 class RandomSelector(_Buffers):
     """New random units for every token, drawn on the host before each step. `totals`: heads and neurons of a layer."""
 
-    def __init__(self, cuts: Cuts, ops: ModuleType, totals: tuple[int, int], seed: int, device: torch.device):
+    def __init__(self, cuts: Cuts, ops: Backend, totals: tuple[int, int], seed: int, device: torch.device):
         self._generator = torch.Generator().manual_seed(seed)
         super().__init__(cuts, ops, totals, device)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from dejavu.checkpoint.layout import Weights
 from dejavu.config import ModelConfig
 from dejavu.errors import KernelUnavailable
+from dejavu.kernels.base import Backend
 from dejavu.kernels.quantized import dense
 from dejavu.selection.selector import Cuts, ScoreSelector
 
@@ -24,7 +24,7 @@ class NearestSelector(ScoreSelector):
 
     capturable = False
 
-    def __init__(self, cuts: Cuts, config: ModelConfig, weights: Weights, ops: ModuleType):
+    def __init__(self, cuts: Cuts, config: ModelConfig, weights: Weights, ops: Backend):
         try:
             import hnswlib
         except ImportError as error:

@@ -8,13 +8,13 @@ output after the output projection, which is a quadratic form in the D-vector th
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from dejavu.checkpoint.layout import Layer, Weights
 from dejavu.config import ModelConfig
+from dejavu.kernels.base import Backend
 from dejavu.kernels.quantized import dense
 from dejavu.kernels.reference import activate
 from dejavu.selection.selector import Cuts, ScoreSelector
@@ -55,7 +55,7 @@ class OracleSelector(ScoreSelector):
 
     capturable = False
 
-    def __init__(self, cuts: Cuts, config: ModelConfig, weights: Weights, ops: ModuleType):
+    def __init__(self, cuts: Cuts, config: ModelConfig, weights: Weights, ops: Backend):
         super().__init__(cuts, ops)
         self._config = config
         self._norms = [OutputNorms(layer, config) for layer in weights.layers]
@@ -71,7 +71,7 @@ class NonContextualSelector(OracleSelector):
     """What the oracle would choose if the token stood alone: its normalised embedding takes the hidden state's place,
     and it attends to nothing but itself."""
 
-    def __init__(self, cuts: Cuts, config: ModelConfig, weights: Weights, ops: ModuleType):
+    def __init__(self, cuts: Cuts, config: ModelConfig, weights: Weights, ops: Backend):
         super().__init__(cuts, config, weights, ops)
         self._layers = weights.layers
 
@@ -109,7 +109,7 @@ class Importance(OracleSelector):
     `total` holds for each layer the sums over tokens of the squared norms of heads (H,) and neurons (I,).
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, ops: ModuleType):
+    def __init__(self, config: ModelConfig, weights: Weights, ops: Backend):
         super().__init__([(None, None)] * len(weights.layers), config, weights, ops)
         device = weights.embed.device
         self.total = [

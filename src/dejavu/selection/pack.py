@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from dejavu.artifacts import read_json, write_json
 from dejavu.checkpoint.source import BUNDLED
 from dejavu.config import ModelConfig
 from dejavu.errors import ConfigError, PackError
+from dejavu.kernels.base import Backend
 from dejavu.kernels.quantized import Quantized, RowFormat, Weight
 from dejavu.selection.predictor import HEADS, Lookahead, Predictor, PredictorSelector
 from dejavu.selection.selector import Cut
@@ -78,7 +78,7 @@ class Pack:
             )
         return min(good, key=lambda p: p.measured["bytes"])
 
-    def selector(self, config: ModelConfig, ops: ModuleType, quality: float | None = None) -> PredictorSelector:
+    def selector(self, config: ModelConfig, ops: Backend, quality: float | None = None) -> PredictorSelector:
         """The selector of one point, over the kernel backend `ops`. Raises: ConfigError as `point` does."""
         cuts = self.point(quality).cuts
         pairs = [(cuts[2 * i], cuts[2 * i + 1]) for i in range(config.num_hidden_layers)]

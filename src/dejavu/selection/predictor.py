@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Self
 
 from torch import Tensor
 
 from dejavu.config import ModelConfig
-from dejavu.kernels import beside, reference
+from dejavu.kernels import reference
+from dejavu.kernels.base import Backend
 from dejavu.kernels.quantized import Weight
 from dejavu.kernels.reference import Selection
 from dejavu.selection.selector import Cuts, Part, ScoreSelector
@@ -49,9 +49,9 @@ class Predictor:
     up: Weight
     bias: Tensor
 
-    def scores(self, ops: ModuleType, y: Tensor) -> Tensor:
-        """(T, N) float32 for inputs y (T, C) float32."""
-        return ops.linear(y if self.down is None else ops.linear(y, self.down), self.up, self.bias)
+    def scores(self, linear: Callable[..., Tensor], y: Tensor) -> Tensor:
+        """(T, N) float32 for inputs y (T, C) float32. linear: the op, of a backend or of kernels.reference."""
+        return linear(y if self.down is None else linear(y, self.down), self.up, self.bias)
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +73,7 @@ class PredictorSelector(ScoreSelector):
         lookahead: Lookahead,
         cuts: Cuts,
         config: ModelConfig,
-        ops: ModuleType,
+        ops: Backend,
     ):
         super().__init__(cuts, ops)
         self._predictors, self._lookahead, self._blocks = predictors, lookahead, 2 * config.num_hidden_layers
@@ -119,7 +119,7 @@ class PredictorSelector(ScoreSelector):
     def _score(self, block: int, y: Tensor) -> Tensor | None:
         for target in self._targets.get(block, ()):
             # Many tokens at once: matrix products, as in prefill.
-            self._scores[target] = self._predictors[target].scores(reference, y)
+            self._scores[target] = self._predictors[target].scores(reference.linear, y)
         return self._scores.pop(block, None)
 
     def _select(self, block: int, y: Tensor) -> Selection:
@@ -127,8 +127,8 @@ class PredictorSelector(ScoreSelector):
             # Bound now: the closure runs at once, but on another stream.
             def predict(target: int = target) -> tuple[Tensor, Tensor]:
                 cut = self.cuts[target // 2][target % 2]
-                return cut.select(self._ops, self._predictors[target].scores(self._ops, y))
+                return cut.select(self._ops, self._predictors[target].scores(self._ops.linear, y))
 
-            self._pending[target] = beside(self._ops, predict, y)
+            self._pending[target] = self._ops.beside(predict, y)
         self.collect(block // 2, block % 2)
         return self._collected.pop(block, None)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from copy import copy
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Protocol, Self
 
 from torch import Tensor
 
+from dejavu.kernels.base import Backend
 from dejavu.kernels.reference import Selection
 
 Cuts = Sequence[tuple["Cut | None", "Cut | None"]]
@@ -71,7 +71,7 @@ class Cut:
     k: int
     threshold: float | None = None
 
-    def select(self, ops: ModuleType, scores: Tensor) -> Selection:
+    def select(self, ops: Backend, scores: Tensor) -> Selection:
         """The selection of a batch. scores: (B, N) float32, no NaN."""
         if self.threshold is None:
             return ops.select_topk(scores, self.k)
@@ -107,7 +107,7 @@ class ScoreSelector:
 
     capturable = True
 
-    def __init__(self, cuts: Cuts, ops: ModuleType):
+    def __init__(self, cuts: Cuts, ops: Backend):
         self.cuts, self._ops = list(cuts), ops
 
     def without(self, parts: Collection[Part]) -> Self:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 
 from torch import Tensor
 
 from dejavu.checkpoint.layout import Weights
+from dejavu.kernels.base import Backend
 from dejavu.kernels.quantized import Quantized, RowFormat, dense, quantize
 from dejavu.selection.selector import Cuts, ScoreSelector
 
@@ -16,7 +16,7 @@ class SignsSelector(ScoreSelector):
     """The k neurons whose (gate) pre-activation is largest with every weight replaced by its sign times the row's mean
     size: `linear(y, signs, bias)`."""
 
-    def __init__(self, cuts: Cuts, weights: Weights, ops: ModuleType):
+    def __init__(self, cuts: Cuts, weights: Weights, ops: Backend):
         super().__init__(cuts, ops)
         self._rows: list[tuple[Quantized, Tensor | None] | None] = []
         for (_, cut), layer in zip(cuts, weights.layers, strict=True):

@@ -10,13 +10,14 @@ from dejavu.kernels.triton.attend import attend
 from dejavu.kernels.triton.attn_qkv import attn_qkv
 from dejavu.kernels.triton.bandwidth import read_bandwidth
 from dejavu.kernels.triton.embed import add_positions, embed
-from dejavu.kernels.triton.graph import beside, capture, empty, sequential
+from dejavu.kernels.triton.graph import DEVICE, beside, capture, empty, sequential
 from dejavu.kernels.triton.linear import linear
 from dejavu.kernels.triton.mlp import mlp
 from dejavu.kernels.triton.select import select_threshold, select_topk
 from dejavu.kernels.triton.sum_rows import attn_out
 
 __all__ = [
+    "DEVICE",
     "add_norm",
     "add_positions",
     "attend",

@@ -11,15 +11,22 @@ import torch
 import triton
 from torch import Tensor
 
-_DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
+DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 _sequential = False
+
+
+class Graph(torch.cuda.CUDAGraph):
+    """A captured step; `replay` starts it."""
+
+    def replay_timed(self) -> None:
+        """Kernels of a graph are not timed one by one."""
 
 
 @dataclass
 class Capture:
     """What capture() yields; `graph.replay()` runs what was captured."""
 
-    graph: torch.cuda.CUDAGraph
+    graph: Graph
 
 
 @contextmanager
@@ -29,7 +36,7 @@ def capture() -> Iterator[Capture]:
     Nothing runs until `.graph.replay()`. Run the same step once before: kernels are compiled at their first call, which
     cannot be captured. Raises: KernelUnavailable, by the first op that would have to be.
     """
-    holder = Capture(torch.cuda.CUDAGraph())
+    holder = Capture(Graph())
     with torch.cuda.graph(holder.graph):
         yield holder
 
@@ -55,7 +62,7 @@ def beside(work: Callable[[], Sequence[Tensor]], *inputs: Tensor) -> Callable[[]
     Returns: a function that makes the current stream wait for the work and returns its tensors. Call it, once, before
         the capture ends.
     """
-    if _DEVICE == "cpu" or _sequential:
+    if DEVICE == "cpu" or _sequential:
         result = work()
         return lambda: result
     side = _side_stream(torch.cuda.current_device())
@@ -86,4 +93,4 @@ def _side_stream(device: int) -> torch.cuda.Stream:
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Uninitialised memory for weights and caches, on the current GPU."""
-    return torch.empty(shape, dtype=dtype, device=_DEVICE)
+    return torch.empty(shape, dtype=dtype, device=DEVICE)

@@ -1,0 +1,120 @@
+"""What a decoder runs on: the ops of a step, memory for weights and caches, and how a step is recorded and replayed.
+
+`Backend` itself is the plain PyTorch one, whose ops say what every other's mean (reference.py). A backend for a device
+overrides the ops and whatever the device can do better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from time import perf_counter
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dejavu.kernels import reference
+from dejavu.kernels.quantized import Quantized, Weight
+
+# Weights that `matmul` converts to float32 at a time on a CPU: 64 MB.
+_CONVERT_ELEMENTS = 16 << 20
+
+
+class Recording(Protocol):
+    """The ops that a piece of work called, on the tensors that it called them with."""
+
+    def replay(self) -> None:
+        """Run them again, in order, on what the tensors hold now. A GPU may still be at it when this returns."""
+
+    def replay_timed(self) -> dict[str, float] | None:
+        """Replay, and tell the seconds that each kind of op took; None, and nothing is run, where that is not known."""
+
+
+class Backend:
+    """The ops, and the device that they run on.
+
+    Attributes:
+        name: what `--backend` calls it.
+        device: where weights, caches and the inputs of ops lie.
+        can_record: `record` works. All that changes from step to step (ids, positions, counts) lives in tensors.
+        records_torch: what a recorded piece of work does with PyTorch's own ops is recorded with ours.
+    """
+
+    name = "reference"
+    device = torch.device("cpu")
+    can_record = False
+    records_torch = False
+
+    embed = staticmethod(reference.embed)
+    add_positions = staticmethod(reference.add_positions)
+    add_norm = staticmethod(reference.add_norm)
+    linear = staticmethod(reference.linear)
+    attn_qkv = staticmethod(reference.attn_qkv)
+    attend = staticmethod(reference.attend)
+    attn_out = staticmethod(reference.attn_out)
+    mlp = staticmethod(reference.mlp)
+    select_threshold = staticmethod(reference.select_threshold)
+    select_topk = staticmethod(reference.select_topk)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Uninitialised memory for weights and caches."""
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def record(
+        self, work: Callable[[], object], rehearse: Callable[[], AbstractContextManager] = nullcontext
+    ) -> Recording:
+        """Record the ops that `work` calls; `replay` runs them, and nothing has run before it.
+
+        Args:
+            rehearse: a context in which `work` may run once before, without a trace: a GPU's kernels are compiled at
+                their first call, which cannot be recorded.
+        """
+        raise NotImplementedError(f"backend {self.name} records nothing")
+
+    def beside(self, work: Callable[[], Sequence[Tensor]], *inputs: Tensor) -> Callable[[], Sequence[Tensor]]:
+        """Start work that is not needed yet; the function returned waits for it. Call it once, where it is needed.
+
+        Args:
+            inputs: what the work reads and the caller may free before the work has ended.
+        """
+        result = work()
+        return lambda: result
+
+    def wait(self) -> None:
+        """Until all that was started has ended."""
+
+    def set_threads(self, n: int) -> None:
+        """Use `n` CPU threads for all that follows."""
+        torch.set_num_threads(n)
+
+    def num_threads(self) -> int:
+        """CPU threads in use."""
+        return torch.get_num_threads()
+
+    def read_bandwidth(self, num_bytes: int, repeats: int) -> float:
+        """Bytes per second at which the device reads memory: the best of `repeats` passes over a buffer."""
+        buffer = torch.ones(num_bytes // 4)
+        best = float("inf")
+        for _ in range(repeats):
+            began = perf_counter()
+            buffer.sum()
+            best = min(best, perf_counter() - began)
+        return buffer.nbytes / best
+
+    # Many tokens at once: matrix products.
+
+    def plain(self, weight: Weight, dtype: torch.dtype) -> Tensor:
+        """Weights for `matmul`, in `dtype`; quantised ones in float32, which is how the ops of a step see them."""
+        return weight.dequantize(torch.float32) if isinstance(weight, Quantized) else weight
+
+    def matmul(self, x: Tensor, w: Tensor) -> Tensor:
+        """x @ w in float32. x: (..., T, K) float32; w: (..., K, N)."""
+        # A CPU without bf16 arithmetic multiplies bf16 matrices 15 times slower than float32 ones: convert, by pieces.
+        step = max(1, _CONVERT_ELEMENTS // w[..., :1].numel())
+        if step >= w.shape[-1]:
+            return x @ w.float()
+        return torch.cat([x @ w[..., n : n + step].float() for n in range(0, w.shape[-1], step)], -1)
+
+
+BACKEND = Backend

@@ -1,0 +1,42 @@
+"""The native library as a backend."""
+
+from __future__ import annotations
+
+import torch
+
+from dejavu.kernels import cpu
+from dejavu.kernels.base import Backend
+
+
+class CpuBackend(Backend):
+    """Ops run on threads of their own; a recorded step is one native call, with the GIL released."""
+
+    name = "cpu"
+    can_record = True
+
+    embed = staticmethod(cpu.embed)
+    add_positions = staticmethod(cpu.add_positions)
+    add_norm = staticmethod(cpu.add_norm)
+    linear = staticmethod(cpu.linear)
+    attn_qkv = staticmethod(cpu.attn_qkv)
+    attend = staticmethod(cpu.attend)
+    attn_out = staticmethod(cpu.attn_out)
+    mlp = staticmethod(cpu.mlp)
+    select_threshold = staticmethod(cpu.select_threshold)
+    select_topk = staticmethod(cpu.select_topk)
+    empty = staticmethod(cpu.empty)
+    read_bandwidth = staticmethod(cpu.read_bandwidth)
+    num_threads = staticmethod(cpu.num_threads)
+
+    def record(self, work, rehearse=None):
+        with cpu.capture() as capture:
+            work()
+        return capture.graph
+
+    def set_threads(self, n: int) -> None:
+        """Of the native library, and of PyTorch, which runs prompts. Raises: ConfigError as kernels.cpu does."""
+        cpu.set_threads(n)
+        torch.set_num_threads(n)
+
+
+BACKEND = CpuBackend
