@@ -30,8 +30,9 @@ inline void put(void* cache, DType type, int64_t at, float x) {
 
 inline float activate(float x, Act act, float threshold) {
   switch (act) {
-    case Act::relu: return x > 0 ? x : 0.0f;
-    case Act::fatrelu: return x > threshold ? x : 0.0f;
+    // Written so that what is not a number stays so: zero would hide a broken layer.
+    case Act::relu: return x <= 0 ? 0.0f : x;
+    case Act::fatrelu: return x <= threshold ? 0.0f : x;
     case Act::silu: return x / (1.0f + std::exp(-x));
     case Act::gelu: return 0.5f * x * (1.0f + std::erf(x * 0.70710678f));
     case Act::gelu_tanh: return 0.5f * x * (1.0f + std::tanh(0.79788456f * (x + 0.044715f * x * x * x)));
@@ -50,6 +51,7 @@ const float* const* pointers(const float* p, int64_t count, int64_t stride) {
 template <class F>
 void embed(const EmbedArgs& a, int64_t b) {
   using T = typename F::Element;
+  check_index(a.ids[b] + a.offset, a.table_rows, "embed: row of the table");
   const T* row = static_cast<const T*>(a.table.data) + (a.ids[b] + a.offset) * a.table.stride;
   float* out = a.out + b * a.table.width;
   if (!a.add) std::fill_n(out, a.table.width, 0.0f);
@@ -129,6 +131,7 @@ void qkv(const QkvArgs& a, int64_t unit) {
   const float** x = scratch<const float*, 1>(most);
   int64_t* where = scratch<int64_t, 2>(2 * most);
   int64_t tokens = 0;
+  for (int64_t b = 0; b < a.batch; ++b) check_index(a.positions[b], a.capacity, "attn_qkv: position");
   for (int64_t b = 0; b < a.batch; ++b)
     for (int64_t t = lazy ? pending_from[b * G + g] : a.positions[b]; t <= a.positions[b]; ++t, ++tokens) {
       x[tokens] = lazy ? a.hidden + (b * a.pending + t % a.pending) * C : a.x + b * C;
@@ -185,12 +188,14 @@ void attend(const AttendArgs& a, int64_t unit) {
   int64_t heads = 0;
   for (int64_t i = 0, n = a.heads.size(G * r); i < n; ++i) {
     const int64_t h = a.heads.at(i);
+    check_index(h, G * r, "attend: selected head");
     if (h / r != g) continue;
     q[heads] = a.q + (b * G * r + h) * D;
     out[heads++] = a.out + (b * G * r + h) * D;
   }
   if (heads == 0) return;
 
+  check_index(a.positions[b], a.capacity, "attend: position");
   const int64_t end = a.positions[b] + 1, begin = a.window ? std::max<int64_t>(0, end - a.window) : 0, n = end - begin;
   const int64_t at = ((b * G + g) * a.capacity + begin) * D;
   float* scores = scratch<float, 3>(heads * n);  // (heads, n)
@@ -232,6 +237,7 @@ void attn_out(const AttnOutArgs& a, int64_t slice) {
   const T** rows = scratch<const T*, 0>(high - low);
   for (int64_t i = low; i < high; ++i) {
     const int64_t h = a.heads.at(i / D);
+    check_index(h, a.groups * r, "attn_out: selected head");
     const int64_t row = ((h / r) * (2 * r + 2) + r + 2 + h % r) * D + i % D;
     rows[i - low] = static_cast<const T*>(a.blocks.data) + row * a.blocks.stride;
   }
@@ -272,7 +278,10 @@ void mlp(const MlpArgs& a, int64_t slice) {
   for (int64_t i = low; i < high; i += kBlock) {
     const int64_t count = std::min(kBlock, high - i);
     int64_t neuron[kBlock];
-    for (int64_t k = 0; k < count; ++k) neuron[k] = a.neurons.at(i + k);
+    for (int64_t k = 0; k < count; ++k) {
+      neuron[k] = a.neurons.at(i + k);
+      check_index(neuron[k], a.neurons_total, "mlp: selected neuron");
+    }
 
     // Rows of `kind` of the neurons that are still open, and after them the first rows to be read next: those of
     // the next kind, or the first kind of the next block where it isn't known yet which will be read.

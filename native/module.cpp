@@ -6,10 +6,15 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
 #include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -39,8 +44,16 @@ const Kernels* find_kernels(const std::string& isa) {
   return nullptr;
 }
 
-// Shared: a replay that has begun keeps its threads when another thread changes their number.
-std::shared_ptr<Pool> pool = std::make_shared<Pool>(1);
+// Shared: a replay that has begun keeps its threads when another thread changes their number. Never destroyed, and
+// started at first use: the threads do not exist in a child of fork(), where nobody may wait for them.
+alignas(std::shared_ptr<Pool>) unsigned char pool_storage[sizeof(std::shared_ptr<Pool>)];
+std::shared_ptr<Pool>& pool = *new (pool_storage) std::shared_ptr<Pool>();
+int pool_size = 1;
+
+std::shared_ptr<Pool> current_pool() {
+  if (!pool) pool = std::make_shared<Pool>(pool_size);
+  return pool;
+}
 const Kernels* kernels = find_kernels("");
 
 bool contiguous(const Array& a) {
@@ -136,7 +149,7 @@ class Tape {
   Tape& operator=(const Tape&) = delete;
 
   void replay() {
-    const std::shared_ptr<Pool> threads = pool;
+    const std::shared_ptr<Pool> threads = current_pool();
     nb::gil_scoped_release release;
     threads->run(order_.data(), order_.size());
   }
@@ -145,7 +158,7 @@ class Tape {
 
   // Replays once and tells each node's op and seconds, in order.
   std::vector<std::pair<std::string, double>> replay_timed() {
-    const std::shared_ptr<Pool> threads = pool;
+    const std::shared_ptr<Pool> threads = current_pool();
     std::vector<Pool::Clock::time_point> began(order_.size() + 1);
     {
       nb::gil_scoped_release release;
@@ -161,7 +174,7 @@ class Tape {
   void embed(const Array& ids, const Weights& table, const Array& out, int64_t offset, bool add) {
     const int64_t batch = ids.shape(0);
     require(out.ndim() == 2 && int64_t(out.shape(0)) == batch && int64_t(out.shape(1)) == table.width, "embed: shapes");
-    push(EmbedArgs{ints(ids), rows(table), floats(out), batch, offset, add}, kernels->embed[int(table.format)], "embed");
+    push(EmbedArgs{ints(ids), rows(table), floats(out), batch, offset, table.shape(0), add}, kernels->embed[int(table.format)], "embed");
   }
 
   void add_norm(const Array& x, const MaybeArray& partials, const MaybeArray& partial_bias, const MaybeArray& weight,
@@ -299,8 +312,8 @@ class Tape {
     return static_cast<int32_t*>(raw(a));
   }
   Selection selection(const MaybeArray& idx, const MaybeArray& count) {
-    require(bool(idx) == bool(count), "a selection is an index and a count");
-    return idx ? Selection{ints(*idx), ints(*count)} : Selection{};
+    require(bool(idx) == bool(count) && (!count || count->size() == 1), "a selection is an index and a count");
+    return idx ? Selection{ints(*idx), ints(*count), int64_t(idx->size())} : Selection{};
   }
   void own(std::unique_ptr<Pool::Node> node) {
     order_.push_back(node.get());
@@ -334,7 +347,7 @@ nb::ndarray<nb::numpy, uint8_t> allocate_array(size_t bytes) {
 
 // Best of `repeats` passes over `bytes` of memory with all threads, in bytes per second.
 double read_bandwidth(size_t bytes, int repeats) {
-  const std::shared_ptr<Pool> threads = pool;
+  const std::shared_ptr<Pool> threads = current_pool();
   nb::gil_scoped_release release_gil;
   constexpr int64_t kUnit = 1 << 20;
   bytes = std::max<size_t>(bytes / kUnit, 1) * kUnit;
@@ -365,8 +378,16 @@ NB_MODULE(_native, m) {
   m.def("read_bandwidth", &read_bandwidth, "num_bytes"_a, "repeats"_a,
         "Best read bandwidth of `repeats` passes over `num_bytes` with all threads, in bytes per second.");
   m.def(
-      "set_threads", [](int n) { pool = std::make_shared<Pool>(n); }, "n"_a);
-  m.def("num_threads", [] { return pool->size(); });
+      "set_threads",
+      [](int n) {
+        pool = std::make_shared<Pool>(n);
+        pool_size = n;
+      },
+      "n"_a);
+  m.def("num_threads", [] { return pool_size; });
+#if defined(__unix__) || defined(__APPLE__)
+  pthread_atfork(nullptr, nullptr, [] { new (pool_storage) std::shared_ptr<Pool>(); });
+#endif
   m.def("isa", [] { return kernels->name; });
   m.def("isas", [] {
     std::vector<std::string> names;

@@ -4,9 +4,20 @@
 // no unit writes what another reads, so a result does not depend on threads or timing.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
 namespace dejavu {
+
+// In a build with DEJAVU_CHECK kernels look at every index that they are given; in others that costs nothing.
+inline void check_index([[maybe_unused]] int64_t i, [[maybe_unused]] int64_t n, [[maybe_unused]] const char* what) {
+#ifdef DEJAVU_CHECK
+  if (i < 0 || i >= n)
+    throw std::out_of_range(std::string(what) + " must be in [0, " + std::to_string(n) + "), found " + std::to_string(i));
+#endif
+}
 
 // Of caches.
 enum class DType : int { f32 = 0, bf16 = 1 };
@@ -26,11 +37,12 @@ struct Rows {
 enum class Act : int { relu = 0, fatrelu, silu, gelu, gelu_tanh };
 enum class NormKind : int { none = 0, layer, rms };
 
-// First `count[0]` entries of `idx` are selected; idx == nullptr selects all.
+// First `count[0]` entries of `idx`, which has `capacity`, are selected; idx == nullptr selects all.
 struct Selection {
   const int32_t* idx = nullptr;
   const int32_t* count = nullptr;
-  int64_t size(int64_t all) const { return idx ? *count : all; }
+  int64_t capacity = 0;
+  int64_t size(int64_t all) const { return idx ? std::clamp<int64_t>(*count, 0, capacity) : all; }
   int64_t at(int64_t i) const { return idx ? idx[i] : i; }
 };
 
@@ -38,7 +50,7 @@ struct EmbedArgs {
   const int32_t* ids;
   Rows table;  // (V, E)
   float* out;  // (B, E)
-  int64_t batch, offset;
+  int64_t batch, offset, table_rows;
   bool add;  // out += table[ids + offset], else out = table[ids]
 };
 

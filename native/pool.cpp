@@ -1,5 +1,7 @@
 #include "pool.h"
 
+#include <utility>
+
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 #endif
@@ -33,10 +35,17 @@ void wait_until(Ready ready) {
 }  // namespace
 
 Pool::Pool(int threads) {
-  for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+  try {
+    for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+  } catch (...) {
+    stop();
+    throw;
+  }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { stop(); }
+
+void Pool::stop() {
   {
     std::lock_guard lock(sleep_);
     stop_ = true;
@@ -61,6 +70,7 @@ void Pool::run(const Node* const* nodes, size_t count, Clock::time_point* began)
   // The nodes may be freed after this: shut the door, then wait for those inside (see work()).
   job_.fetch_add(1);
   wait_until([&] { return inside_.load() == 0; });
+  if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
 }
 
 void Pool::work() {
@@ -98,7 +108,12 @@ void Pool::run_share() {
     if (node == count_) return;
     const int64_t unit = static_cast<int64_t>(ticket & 0xffffffff), units = nodes_[node]->units();
     if (unit >= units) continue;
-    nodes_[node]->run(unit);
+    try {
+      nodes_[node]->run(unit);
+    } catch (...) {
+      std::lock_guard lock(error_lock_);
+      if (!error_) error_ = std::current_exception();
+    }
     if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == units) open_node(node + 1);
   }
 }

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -16,7 +17,7 @@ namespace dejavu {
 // it is in, and the end of a run, not every node.
 class Pool {
  public:
-  // `threads` includes the caller of run().
+  // `threads` includes the caller of run(). Throws std::system_error, and leaves no thread, where one cannot be started.
   explicit Pool(int threads);
   ~Pool();
   Pool(const Pool&) = delete;
@@ -35,12 +36,14 @@ class Pool {
 
   using Clock = std::chrono::steady_clock;
 
-  // Runs nodes one after the other, each with all threads. Returns when all are done. One call at a time.
+  // Runs nodes one after the other, each with all threads. Returns when all are done. One call at a time. What the first
+  // unit to fail has thrown is thrown here, in the end; the other units run all the same.
   // `began`, if given, receives when each node began: (count,).
   void run(const Node* const* nodes, size_t count, Clock::time_point* began = nullptr);
 
  private:
   void work();
+  void stop();
   void run_share();
   void open_node(uint64_t node);
   void mark(uint64_t node) const {
@@ -53,6 +56,8 @@ class Pool {
   const Node* const* nodes_ = nullptr;
   size_t count_ = 0;
   Clock::time_point* began_ = nullptr;
+  std::exception_ptr error_;
+  std::mutex error_lock_;
   std::atomic<bool> stop_{false};
   // Even while there is nothing to do, odd while a run is open to workers.
   alignas(64) std::atomic<uint64_t> job_{0};

@@ -163,9 +163,9 @@ T* scratch(int64_t n) {
   return buffer.data();
 }
 
-// e^x for x <= 0 (Cephes' polynomial, 2 ulp); below -87 it is e^-87.
+// e^x for x <= 0 (Cephes' polynomial, 2 ulp); below -87 it is e^-87. NaN stays NaN: `max` gives its second argument then.
 inline Vec exp(Vec x) {
-  x = max(x, set1(-87.0f));
+  x = max(set1(-87.0f), x);
   const Vec n = round(mul(x, set1(1.44269504f)));
   Vec r = fma(n, set1(-0.693359375f), x);
   r = fma(n, set1(2.12194440e-4f), r);

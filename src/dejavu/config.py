@@ -104,11 +104,11 @@ class SamplingParams:
 
     Args:
         max_new_tokens: at most this many; fewer where the context ends first.
-        temperature: 0 always takes the most likely token (greedy).
+        temperature: 0 always takes the most likely token (greedy), and so does any that is close to it.
         top_k: sample among the k most likely tokens only.
         top_p: sample among the fewest tokens whose probabilities reach this sum.
         min_p: drop tokens less likely than this fraction of the most likely one.
-        repetition_penalty: above 1 makes tokens of the prompt and of the text so far less likely.
+        repetition_penalty: above 1 makes tokens of the prompt and of the text so far less likely; in [0.01, 100].
         seed: makes sampling repeatable; every prompt of a batch starts from it.
         stop: the text ends before the first of these strings.
         ignore_eos: go on after an end-of-sequence token.
@@ -150,7 +150,8 @@ class SamplingParams:
             integer("top_k", 1, 2**31, "a positive integer")
         number("top_p", lambda x: 0 < x <= 1, "in (0, 1]")
         number("min_p", lambda x: 0 <= x <= 1, "in [0, 1]")
-        number("repetition_penalty", lambda x: x > 0, "a number above 0")
+        # Beyond, products with logits overflow; 1.0 to 1.5 is what people use.
+        number("repetition_penalty", lambda x: 0.01 <= x <= 100, "a number in [0.01, 100]")
         if self.seed is not None:
             integer("seed", 0, 2**63, "an integer in [0, 2^63)")
         check("stop", all(isinstance(s, str) and s for s in self.stop), "strings that are not empty")

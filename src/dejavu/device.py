@@ -15,6 +15,8 @@ from dejavu.errors import CapacityError, ConfigError, KernelUnavailable
 if TYPE_CHECKING:
     import torch
 
+# More threads than cores only wait for each other; a few times as many are an experiment, more are a slip of the hand.
+THREADS_PER_CORE = 8
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -59,6 +61,15 @@ def default_threads() -> int:
     """How many CPU threads this process may really use: its affinity, capped by its cgroup's quota; at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, int(_cgroup_cpus(Path("/sys/fs/cgroup")) or cores)))
+
+
+def check_threads(n: int) -> None:
+    """Raises: ConfigError for a number of threads below 1, or so large that it can only be a mistake."""
+    most = THREADS_PER_CORE * (os.cpu_count() or 1)
+    if type(n) is not int or not 1 <= n <= most:
+        raise ConfigError(
+            f"threads must be an integer from 1 to {most} ({THREADS_PER_CORE} for each core there is), found {n!r}"
+        )
 
 
 def _cgroup_cpus(root: Path) -> float | None:

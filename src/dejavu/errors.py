@@ -21,5 +21,9 @@ class KernelUnavailable(DejavuError):
     """An explicitly chosen backend, instruction set or data type cannot run on this machine."""
 
 
+class NotFiniteError(DejavuError):
+    """A layer gave NaN or infinity: its weights are damaged, or its numbers too large for their data type."""
+
+
 class CapacityError(DejavuError):
     """A request does not fit: more tokens, rows or selected units than there is room for."""

@@ -137,7 +137,7 @@ def test_an_output_that_cannot_be_written_is_found_first(place, tmp_path, monkey
         (["hi", "--mode", "fast"], "mode 'fast' does not exist; choose one of: auto, dense, exact"),
         (["hi", "--dtype", "int3"], "dtype 'int3' is not supported"),
         (["hi", "--backend", "cuda"], "backend 'cuda' does not exist"),
-        (["hi", "--threads", "0"], "threads must be a positive integer"),
+        (["hi", "--threads", "0"], "threads must be an integer from 1 to"),
         (["hi", "--revision", "main"], "applies to hub ids only"),
     ],
 )

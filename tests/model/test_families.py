@@ -3,7 +3,6 @@
 import copy
 import json
 from functools import cache
-from importlib import import_module
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dejavu.checkpoint.layout import allocate
+from dejavu.kernels import backend
 from dejavu.model import decoder, family
 from dejavu.model.decoder import Decoder
 
@@ -101,10 +101,7 @@ def tokens_and_logits(name: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture(params=["reference", "cpu"])
 def ops(request):
-    try:
-        return import_module(f"dejavu.kernels.{request.param}")
-    except ImportError as error:
-        pytest.skip(f"backend {request.param} is not built: {error}")
+    return backend(request.param)
 
 
 def build(name: str, ops, dtype: torch.dtype = torch.float32) -> Decoder:

@@ -276,7 +276,5 @@ def _choose_mode(mode: str, config: ModelConfig, selection: SelectionConfig | No
 
 
 def set_threads(ops: Backend, threads: int | None) -> None:
-    """Of a backend and of PyTorch; None: all that the process may use. Raises: ConfigError for a count below 1."""
-    if threads is not None and threads < 1:
-        raise ConfigError(f"threads must be a positive integer, found {threads}")
-    ops.set_threads(threads or default_threads())
+    """Of a backend and of PyTorch; None: all that the process may use. Raises: as Backend.set_threads."""
+    ops.set_threads(default_threads() if threads is None else threads)

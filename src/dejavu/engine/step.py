@@ -11,8 +11,10 @@ from torch import Tensor
 
 from dejavu.config import Mode
 from dejavu.engine.crossover import Costs
+from dejavu.errors import CapacityError, ConfigError, NotFiniteError
 from dejavu.kernels.reference import Selection
 from dejavu.model.decoder import Decoder
+from dejavu.model.finite import is_finite, not_finite, trace
 from dejavu.selection import Selector
 from dejavu.selection.selector import Cuts, Part
 
@@ -51,6 +53,7 @@ class DecodeStep:
         self.cache = decoder.new_cache(batch, capacity, pending)
         self._ids = torch.zeros(batch, dtype=torch.int32)
         self._positions = torch.zeros(batch, dtype=torch.int32)
+        self._read: list[list[int]] = [[] for _ in range(batch)]  # what each row has read, to trace NaN by
         # Written through numpy: setting one element of a torch tensor takes microseconds.
         self._ids_view, self._positions_view = self._ids.numpy(), self._positions.numpy()
         # On a GPU the step reads copies of them there.
@@ -96,17 +99,35 @@ class DecodeStep:
             self._selector.reset()
 
     def prefill(self, row: int, ids: Sequence[int]) -> Tensor:
-        """Put a prompt of at most `capacity` tokens into a row; returns the logits (V,) after its last token."""
+        """Put a prompt into a row; returns the logits (V,) after its last token.
+
+        Raises: ConfigError for a row or token id that does not exist, or no token; CapacityError for more tokens than
+            `capacity`; NotFiniteError as Decoder.prefill.
+        """
+        self._check(row, *ids)
+        if not 1 <= len(ids) <= self.cache.capacity:
+            raise CapacityError(f"the cache holds 1 to {self.cache.capacity} tokens a row, found {len(ids)}")
+        self._read[row] = list(ids)
         self._ids_view[row], self._positions_view[row] = ids[-1], len(ids) - 1
         return self._decoder.prefill(torch.tensor(ids), self.cache, row).cpu()
 
     def feed(self, row: int, token_id: int) -> None:
-        """Set the next token of a row. A row that is not fed repeats its last token in place, to no effect."""
+        """Set the next token of a row. A row that is not fed repeats its last token in place, to no effect.
+
+        Raises: ConfigError for a row or token id that does not exist; CapacityError where the row is full.
+        """
+        self._check(row, token_id)
+        if self._positions_view[row] + 1 >= self.cache.capacity:
+            raise CapacityError(f"row {row} is full: the cache holds {self.cache.capacity} tokens a row")
+        self._read[row].append(token_id)
         self._ids_view[row] = token_id
         self._positions_view[row] += 1
 
     def run(self) -> Tensor:
-        """Read the tokens fed; returns logits (B, V) float32 on the host, which the next run may overwrite."""
+        """Read the tokens fed; returns logits (B, V) float32 on the host, which the next run may overwrite.
+
+        Raises: NotFiniteError naming the layer where NaN or infinity begins.
+        """
         if self._selector is not None:
             self._selector.advance()
         for ours, theirs in zip((self._ids, self._positions), self._inputs, strict=True):
@@ -122,9 +143,24 @@ class DecodeStep:
         if self._selector is not None and not self._selector.in_step:
             self._selector.count()
         logits = logits.cpu()
+        if not is_finite(logits):
+            raise self._trace(logits)
         if self._costs is not None and self._steps >= FIRST_LOOK and self._steps & (self._steps - 1) == 0:
             self._look()
         return logits
+
+    def _check(self, row: int, *ids: int) -> None:
+        if not 0 <= row < self.cache.batch:
+            raise ConfigError(f"row must be in [0, {self.cache.batch}), found {row}")
+        V = self._decoder.config.vocab_size
+        for token in ids:
+            if not 0 <= token < V:
+                raise ConfigError(f"token ids must be in [0, {V}), found {token}")
+
+    def _trace(self, logits: Tensor) -> NotFiniteError:
+        row = next(row for row in range(len(logits)) if not is_finite(logits[row]))
+        error = trace(self._decoder, torch.tensor(self._read[row])) if self._read[row] else None
+        return error or not_finite(f"the {self._mode} step")
 
     def op_seconds(self) -> dict[str, float] | None:
         """Seconds by op of one more run over the tokens fed; None where that is not known."""

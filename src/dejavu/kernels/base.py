@@ -1,20 +1,23 @@
 """What a decoder runs on: the ops of a step, memory for weights and caches, and how a step is recorded and replayed.
 
 `Backend` itself is the plain PyTorch one, whose ops say what every other's mean (reference.py). A backend for a device
-overrides the ops and whatever the device can do better.
+has ops of its own and overrides whatever the device can do better.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from time import perf_counter
-from typing import Protocol
+from types import ModuleType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from dejavu.kernels import reference
+from dejavu.device import check_threads
+from dejavu.kernels import reference, shapes
 from dejavu.kernels.quantized import Quantized, Weight
 
 # Weights that `matmul` converts to float32 at a time on a CPU: 64 MB.
@@ -31,9 +34,23 @@ class Recording(Protocol):
         """Replay, and tell the seconds that each kind of op took; None, and nothing is run, where that is not known."""
 
 
+def _checked(name: str) -> Callable:
+    """An op of the module that a backend was given, after a look at its arguments (shapes.py)."""
+    check, meaning = getattr(shapes, name), getattr(reference, name)
+
+    @wraps(meaning)
+    def op(self: Backend, *args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)
+        return getattr(self._ops, name)(*args, **kwargs)
+
+    return op
+
+
 class Backend:
     """The ops, and the device that they run on.
 
+    Args:
+        ops: a module with the ops of reference.py.
     Attributes:
         name: what `--backend` calls it.
         device: where weights, caches and the inputs of ops lie.
@@ -46,16 +63,19 @@ class Backend:
     can_record = False
     records_torch = False
 
-    embed = staticmethod(reference.embed)
-    add_positions = staticmethod(reference.add_positions)
-    add_norm = staticmethod(reference.add_norm)
-    linear = staticmethod(reference.linear)
-    attn_qkv = staticmethod(reference.attn_qkv)
-    attend = staticmethod(reference.attend)
-    attn_out = staticmethod(reference.attn_out)
-    mlp = staticmethod(reference.mlp)
-    select_threshold = staticmethod(reference.select_threshold)
-    select_topk = staticmethod(reference.select_topk)
+    embed = _checked("embed")
+    add_positions = _checked("add_positions")
+    add_norm = _checked("add_norm")
+    linear = _checked("linear")
+    attn_qkv = _checked("attn_qkv")
+    attend = _checked("attend")
+    attn_out = _checked("attn_out")
+    mlp = _checked("mlp")
+    select_threshold = _checked("select_threshold")
+    select_topk = _checked("select_topk")
+
+    def __init__(self, ops: ModuleType = reference):
+        self._ops = ops
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Uninitialised memory for weights and caches."""
@@ -85,7 +105,8 @@ class Backend:
         """Until all that was started has ended."""
 
     def set_threads(self, n: int) -> None:
-        """Use `n` CPU threads for all that follows."""
+        """Use `n` CPU threads for all that follows. Raises: ConfigError as device.check_threads does."""
+        check_threads(n)
         torch.set_num_threads(n)
 
     def num_threads(self) -> int:

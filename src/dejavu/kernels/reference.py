@@ -34,8 +34,8 @@ def activate(x: Tensor, activation: str, threshold: float = 0.0) -> Tensor:
     """Apply an MLP activation elementwise; `threshold` is FATReLU's (x where x > threshold, else 0)."""
     if activation == "relu":
         return F.relu(x)
-    if activation == "fatrelu":
-        return torch.where(x > threshold, x, torch.zeros_like(x))
+    if activation == "fatrelu":  # as relu, what is not a number stays so
+        return torch.where(x <= threshold, torch.zeros_like(x), x)
     if activation == "silu":
         return F.silu(x)
     if activation == "gelu":

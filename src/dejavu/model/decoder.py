@@ -20,6 +20,7 @@ from dejavu.kernels.base import Backend
 from dejavu.kernels.quantized import dense
 from dejavu.kernels.reference import Selection, activate, rotate
 from dejavu.model.cache import KVCache
+from dejavu.model.finite import Watch, is_finite, not_finite, trace
 from dejavu.model.hooks import Hooks
 from dejavu.model.rope import rope_table
 from dejavu.selection.selector import Selector
@@ -170,6 +171,7 @@ class Decoder:
             all_logits: return the logits of every position, not of the last alone.
             hooks: look into the pass, or mask what tokens read (TokenMasks).
         Returns: logits (V,) float32, or (T, V).
+        Raises: NotFiniteError naming the layer where NaN or infinity begins.
         """
         outputs, hooks = [], hooks or Hooks()
         for start in range(0, ids.numel(), PREFILL_CHUNK):
@@ -180,7 +182,9 @@ class Decoder:
                 outputs.append(self._head(hidden))
             elif last:
                 outputs.append(self._head(hidden[-1:]))
-        return torch.cat(outputs) if all_logits else outputs[0][0]
+        logits = torch.cat(outputs)
+        self._require_finite(logits, [ids], hooks)
+        return logits if all_logits else logits[0]
 
     @torch.inference_mode()
     def forward(
@@ -196,13 +200,25 @@ class Decoder:
             wanted: (W,) int64, of which tokens of the sequences put one after another the logits are; None: of all.
             hooks: as in `prefill`.
         Returns: logits (W, V) float32.
+        Raises: NotFiniteError as `prefill` does.
         """
         spans, total = [], 0
         for row, ids in enumerate(sequences):
             spans.append(_Span(row, 0, total, total + ids.numel()))
             total += ids.numel()
-        hidden = self._forward(torch.cat(list(sequences)), cache, spans, hooks or Hooks())
-        return self._head(hidden if wanted is None else hidden[wanted.to(self.device)])
+        hooks = hooks or Hooks()
+        hidden = self._forward(torch.cat(list(sequences)), cache, spans, hooks)
+        logits = self._head(hidden if wanted is None else hidden[wanted.to(self.device)])
+        self._require_finite(logits, sequences, hooks)
+        return logits
+
+    def _require_finite(self, logits: Tensor, sequences: Sequence[Tensor], hooks: Hooks) -> None:
+        if is_finite(logits):
+            return
+        if isinstance(hooks, Watch):
+            raise hooks.logits()
+        errors = (trace(self, ids) for ids in sequences)
+        raise next((error for error in errors if error is not None), None) or not_finite("what is selected of a layer")
 
     def _forward(self, ids: Tensor, cache: KVCache, spans: Sequence[_Span], hooks: Hooks) -> Tensor:
         """Hidden states (T, C) of the spans' tokens ids (T,), before the final norm."""

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from dejavu.config import ACTIVATIONS
-from dejavu.device import default_threads
-from dejavu.errors import ConfigError, KernelUnavailable
+from dejavu.device import check_threads, default_threads
+from dejavu.errors import CapacityError, ConfigError, KernelUnavailable
 from dejavu.kernels.cpu import _native
 from dejavu.kernels.quantized import Quantized, Weight
 from dejavu.kernels.reference import Selection
@@ -67,22 +67,26 @@ def capture() -> Iterator[_Capture]:
 
 def _issue(op: Callable, *args) -> None:
     graph = _recording.get()
-    if graph is not None:
-        op(graph.tape, *args)
-        return
-    tape = _native.Tape()
-    op(tape, *args)
-    tape.replay()
+    tape = _native.Tape() if graph is None else graph.tape
+    try:
+        op(tape, *args)
+    except ValueError as error:  # what kernels.shapes does not see: layouts in memory, dtypes that this backend lacks
+        raise ConfigError(str(error)) from None
+    if graph is None:
+        tape.replay()
 
 
 def set_threads(n: int) -> None:
     """Use `n` threads for all later steps, the calling one included.
 
-    Raises: ConfigError unless n is positive.
+    Raises: ConfigError for a number that makes no sense (device.check_threads); CapacityError where the system does not
+        start so many, and those before stay in use.
     """
-    if n < 1:
-        raise ConfigError(f"threads must be at least 1, found {n}")
-    _native.set_threads(n)
+    check_threads(n)
+    try:
+        _native.set_threads(n)
+    except RuntimeError as error:
+        raise CapacityError(f"the system does not start {n} threads ({error}); use fewer") from error
 
 
 def num_threads() -> int:

@@ -14,16 +14,9 @@ class CpuBackend(Backend):
     name = "cpu"
     can_record = True
 
-    embed = staticmethod(cpu.embed)
-    add_positions = staticmethod(cpu.add_positions)
-    add_norm = staticmethod(cpu.add_norm)
-    linear = staticmethod(cpu.linear)
-    attn_qkv = staticmethod(cpu.attn_qkv)
-    attend = staticmethod(cpu.attend)
-    attn_out = staticmethod(cpu.attn_out)
-    mlp = staticmethod(cpu.mlp)
-    select_threshold = staticmethod(cpu.select_threshold)
-    select_topk = staticmethod(cpu.select_topk)
+    def __init__(self):
+        super().__init__(cpu)
+
     empty = staticmethod(cpu.empty)
     read_bandwidth = staticmethod(cpu.read_bandwidth)
     num_threads = staticmethod(cpu.num_threads)
@@ -34,7 +27,7 @@ class CpuBackend(Backend):
         return capture.graph
 
     def set_threads(self, n: int) -> None:
-        """Of the native library, and of PyTorch, which runs prompts. Raises: ConfigError as kernels.cpu does."""
+        """Of the native library, and of PyTorch, which runs prompts. Raises: as kernels.cpu.set_threads."""
         cpu.set_threads(n)
         torch.set_num_threads(n)
 

@@ -19,16 +19,9 @@ class TritonBackend(Backend):
     can_record = ops.DEVICE == "cuda"
     records_torch = True
 
-    embed = staticmethod(ops.embed)
-    add_positions = staticmethod(ops.add_positions)
-    add_norm = staticmethod(ops.add_norm)
-    linear = staticmethod(ops.linear)
-    attn_qkv = staticmethod(ops.attn_qkv)
-    attend = staticmethod(ops.attend)
-    attn_out = staticmethod(ops.attn_out)
-    mlp = staticmethod(ops.mlp)
-    select_threshold = staticmethod(ops.select_threshold)
-    select_topk = staticmethod(ops.select_topk)
+    def __init__(self):
+        super().__init__(ops)
+
     beside = staticmethod(ops.beside)
     empty = staticmethod(ops.empty)
     read_bandwidth = staticmethod(ops.read_bandwidth)

@@ -22,9 +22,9 @@ from dejavu.kernels.triton.tiles import begin, padded_batch, selection_args
 @triton.jit
 def _activate(x, ACTIVATION: tl.constexpr, THRESHOLD: tl.constexpr):
     if ACTIVATION == "relu":
-        return tl.maximum(x, 0.0)
+        return tl.where(x <= 0, 0.0, x)  # what is not a number stays so, which tl.maximum would hide
     elif ACTIVATION == "fatrelu":
-        return tl.where(x > THRESHOLD, x, 0.0)
+        return tl.where(x <= THRESHOLD, 0.0, x)
     elif ACTIVATION == "silu":
         return x * tl.sigmoid(x)
     elif ACTIVATION == "gelu":
