@@ -106,6 +106,12 @@ def test_sparse_graph_equals_eager_bit_for_bit_with_lookahead_beside(tiny_checkp
             torch.manual_seed(0)
             self.weights = [(torch.randn(H, C, device="cuda"), torch.randn(inter, C, device="cuda")) for _ in range(L)]
 
+        def fresh(self):
+            return self
+
+        def restart(self):
+            pass
+
         def advance(self):
             pass
 
@@ -131,7 +137,7 @@ def test_sparse_graph_equals_eager_bit_for_bit_with_lookahead_beside(tiny_checkp
     def logits():
         step = DecodeStep(d, 1, 32, "sparse", Lookahead(), 4)
         out = [step.prefill(0, [1, 2, 3])]
-        step.reset_counts()
+        step.restart()
         for token in range(4, 30):
             step.feed(0, token)
             out.append(step.run()[0])
@@ -157,7 +163,7 @@ def test_what_selections_do_not_pay_for_is_read_whole(tiny_checkpoint):
         step = DecodeStep(d, 2, 64, "sparse", selector, 4, never if backend == "triton" else None)
         for row in (0, 1):
             step.prefill(row, [1, 2, 3 + row])
-        step.reset_counts()
+        step.restart()
         out = []
         for token in range(5, 20):
             step.feed(0, token)

@@ -1,6 +1,7 @@
 """Sampling against the straightforward formulas, as transformers writes them."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import (
 from dejavu.config import SamplingParams
 from dejavu.engine.sampling import NUCLEUS_GUESS, Sampler, candidates, draw, penalise
 from dejavu.errors import ConfigError
+from dejavu.model.finite import is_finite
 
 V = 1000
 
@@ -132,6 +134,8 @@ def test_logprobs_are_the_models_own(settings):
         ("min_p", -0.1),
         ("min_p", 2),
         ("repetition_penalty", 0),
+        ("repetition_penalty", 1e-40),
+        ("repetition_penalty", 1e40),
         ("seed", -1),
         ("stop", ("a", "")),
         ("stop", (1,)),
@@ -150,3 +154,69 @@ def test_filters_without_temperature_contradict():
 
 def test_one_stop_string_may_be_given_bare():
     assert SamplingParams(stop="end").stop == ("end",)
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-300, 5e-324, 1e-6])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 1e-300}, {"min_p": 1.0}])
+def test_a_temperature_close_to_zero_is_greedy(temperature, filters):
+    scores = logits(scale=1e4)
+    sampler = Sampler(SamplingParams(temperature=temperature, seed=1, **filters), [], V)
+    assert [sampler(scores)[0] for _ in range(3)] == [int(scores.argmax())] * 3
+
+
+def test_a_wide_nucleus_keeps_the_fewest_tokens_and_of_equal_ones_the_first():
+    scores = torch.zeros(V)
+    scores[[7, 500]] = 1.0
+    weights, ids = candidates(scores, SamplingParams(temperature=1.0, top_p=0.5))
+    total = 2 * math.e + (V - 2)
+    needed = 2 + math.ceil(0.5 * total - 2 * math.e)
+    assert ids.tolist() == sorted([7, 500, *[i for i in range(V) if i not in (7, 500)][: needed - 2]])
+    assert float(weights.sum()) == pytest.approx(0.5, abs=1 / total)
+    # With top_k the sum is that of the k likeliest.
+    kept = candidates(scores, SamplingParams(temperature=1.0, top_p=0.5, top_k=600))[1]
+    assert len(kept) == 2 + math.ceil(0.5 * (2 * math.e + 598) - 2 * math.e)
+
+
+def test_a_draw_that_rounds_to_the_whole_sum_is_the_last_token_with_a_weight(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(1.0, dtype=torch.float64))
+    assert draw(torch.tensor([1.0, 2.0, 0.0]), torch.Generator()) == 1
+
+
+def _any_logits(rng: random.Random, size: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(rng.randrange(2**31))
+    x = torch.randn(size, generator=generator) * 10.0 ** rng.uniform(-20, 37)
+    if rng.random() < 0.4:  # ties, zeros of both signs
+        x[torch.randint(size, (size // 2 + 1,), generator=generator)] = rng.choice([0.0, -0.0, 1.0, float(x[0])])
+    if rng.random() < 0.2:
+        x[rng.randrange(size)] = rng.choice([math.nan, math.inf, -math.inf])
+    return x
+
+
+def test_any_settings_over_any_logits():
+    """10,000 requests: a token that exists, or NotFiniteError; the same seed gives the same token."""
+    rng, refused = random.Random(0), 0
+    for _ in range(10_000):
+        size = rng.choice([1, 2, 7, 300, 700])
+        x = _any_logits(rng, size)
+        warm = rng.random() < 0.8
+        params = SamplingParams(
+            temperature=10.0 ** rng.uniform(-320, 300) if warm else 0.0,
+            top_k=rng.choice([None, 1, 5, 290, 2**31 - 1]) if warm else None,
+            top_p=rng.choice([1.0, 0.9, 1e-9, 1e-300, 1 - 1e-16]) if warm else 1.0,
+            min_p=rng.choice([0.0, 0.1, 1.0, 1e-300]) if warm else 0.0,
+            repetition_penalty=rng.choice([1.0, 0.01, 1.3, 100.0]),
+            seed=rng.randrange(2**63),
+            logprobs=rng.choice([None, 0, 3]),
+        )
+        said = [rng.randrange(size) for _ in range(3)]
+        if not is_finite(x):
+            assert not bool(torch.isfinite(x).all())
+            refused += 1
+            continue
+        assert bool(torch.isfinite(x).all())
+        (token, logprob), again = Sampler(params, said, size)(x), Sampler(params, said, size)(x)
+        assert type(token) is int and 0 <= token < size and again[0] == token
+        if logprob is not None:
+            assert math.isfinite(logprob.logprob) and logprob.logprob <= 1e-4
+            assert all(0 <= i < size for i, _ in logprob.top)
+    assert refused > 1000

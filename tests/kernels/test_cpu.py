@@ -11,6 +11,7 @@ import torch
 
 from dejavu.errors import ConfigError, KernelUnavailable
 from dejavu.kernels import backend, cpu, reference
+from dejavu.kernels.quantized import RowFormat, quantize
 
 OPS = ("embed", "add_positions", "add_norm", "linear", "attn_qkv", "attend", "attn_out", "mlp")
 ISAS = ("avx512", "avx2", "portable")
@@ -271,3 +272,66 @@ def test_environment_forces_an_instruction_set():
 
 def test_read_bandwidth_is_plausible():
     assert 1e8 < cpu.read_bandwidth(64 << 20, 2) < 1e13
+
+
+@pytest.mark.parametrize("activation", ["relu", "fatrelu", "silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("kinds", [2, 3])
+def test_what_is_not_a_number_is_not_hidden(isa, activation, weights, kinds):
+    """Zero in its place would hide a broken layer, and skipping it too."""
+    x, rows = torch.randn(2, 64), torch.randn(50, kinds, 64)
+    x[0, 3] = torch.nan
+    rows = rows.to(getattr(torch, weights)) if "float" in weights else quantize(rows, RowFormat.parse(weights))
+    for exact in (False, True):
+        ours = cpu.mlp(x, rows, None, activation=activation, exact=exact).sum(0)
+        assert ours[0].isnan().all() and ours[1].isfinite().all()
+    assert reference.mlp(x, rows, None, activation=activation).sum(0)[0].isnan().all()
+
+
+def test_attention_to_what_is_not_a_number_is_not_a_number(isa):
+    q, (k, v) = torch.randn(1, 2, 8), torch.randn(2, 1, 2, 16, 8)
+    positions = torch.tensor([9], dtype=torch.int32)
+    k[0, 0, 3, 2] = torch.nan
+    out = cpu.attend(q, k, v, positions, scale=0.3)
+    assert out[0, 0].isnan().all() and out[0, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("count", [-5, 2**31 - 1, -(2**31)])
+def test_counts_are_clamped_to_the_buffer(isa, count):
+    x, rows, blocks = torch.randn(1, 12), torch.randn(9, 2, 12), torch.randn(3, 4, 4, 12)
+    idx = torch.arange(3, dtype=torch.int32)
+    wild, held = (idx, torch.tensor([count], dtype=torch.int32)), (idx, torch.tensor([0 if count < 0 else 3]).int())
+    assert torch.equal(cpu.mlp(x, rows, None, wild, activation="relu"), cpu.mlp(x, rows, None, held, activation="relu"))
+    o = torch.randn(1, 3, 4)
+    assert torch.equal(cpu.attn_out(o, blocks, wild), cpu.attn_out(o, blocks, held))
+
+
+LIMITED = """
+import resource
+from dejavu.errors import CapacityError
+from dejavu.kernels import cpu
+
+def status(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+
+cpu.set_threads(2)
+before = status("Threads:")
+# Room for the stacks of a few threads.
+resource.setrlimit(resource.RLIMIT_AS, (status("VmSize:") * 1024 + (100 << 20),) * 2)
+try:
+    cpu._native.set_threads(64)
+except RuntimeError as error:
+    print("refused", status("Threads:") - before, cpu.num_threads())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the number of threads from /proc")
+def test_threads_that_cannot_be_started_give_the_others_back():
+    run = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=120)
+    assert run.stdout.strip() == "refused 0 2", run.stderr
+
+
+def test_a_number_of_threads_has_a_bound():
+    for n in (0, -1, 8 * os.cpu_count() + 1, 100_000, 1.5, True):
+        with pytest.raises(ConfigError, match=f"threads must be an integer from 1 to {8 * os.cpu_count()} "):
+            cpu.set_threads(n)

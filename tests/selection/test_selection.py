@@ -1,5 +1,6 @@
 """Every policy through the real decode step, on the bundled trained model."""
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -30,9 +31,7 @@ def model():
 
 def run(model, selector=None, *, mode="sparse", pending=None, rows=1, eager=False):
     """Teacher-forced logits (T, rows, V) of the text, all but 8 tokens through real decode steps; and the step."""
-    step = DecodeStep(model.decoder, rows, 128, mode, selector, pending)
-    if eager:
-        step._graph = None
+    step = DecodeStep(model.decoder, rows, 128, mode, selector, pending, captured=not eager)
     for row in range(rows):
         step.prefill(row, model.ids[row : row + 8])
     out = []
@@ -71,6 +70,11 @@ def test_everything_selected_by_index_is_dense_bit_for_bit(model):
 
         def __init__(self, *totals):
             self.all = [(torch.arange(n, dtype=torch.int32), torch.tensor([n], dtype=torch.int32)) for n in totals]
+
+        def fresh(self):
+            return self
+
+        def restart(self): ...
 
         def advance(self): ...
 
@@ -181,3 +185,37 @@ def test_bad_settings_are_named(model):
     decoder = model.decoder
     with pytest.raises(ConfigError, match="needs a calibration text"):
         make_selector(SelectionConfig("static", 0.5), decoder.config, decoder.weights, decoder.ops)
+
+
+ENGINES = [*((policy, kv) for policy in ("static", "random", "signs") for kv in ("full", "lazy")), ("oracle", "full"),
+           ("non_contextual", "full"), ("nearest", "full"), ("predictor", "lazy")]  # fmt: skip
+
+
+def engine(base: dejavu.Engine, policy: str, kv: str) -> dejavu.Engine:
+    if policy == "predictor":
+        return base.with_mode("sparse", SelectionConfig("predictor", pack="opt-mini", kv=kv))
+    heads = 1.0 if policy in ("nearest", "signs") else 0.5
+    calibration = TEXT if policy == "static" else None
+    return base.with_mode("sparse", SelectionConfig(policy, 0.1, heads, kv=kv, seed=1), calibration)
+
+
+@pytest.mark.parametrize(("policy", "kv"), ENGINES)
+def test_the_same_call_gives_the_same_text_again_and_from_any_thread(policy, kv):
+    """What a step remembers is the step's own, and nothing is left of the text before."""
+    if policy == "nearest":
+        pytest.importorskip("hnswlib")
+    sparse = engine(dejavu.load("opt-mini"), policy, kv)
+    prompts = ["The old house on the hill", "Once upon a time", "In the spring of 1842 the expedition"]
+    how = {"max_new_tokens": 12, "temperature": 0.7, "seed": 3, "ignore_eos": True}
+    alone = [sparse.generate(prompt, **how).token_ids for prompt in prompts]
+    assert [sparse.generate(prompt, **how).token_ids for prompt in prompts] == alone
+    together = [[g.token_ids for g in sparse.generate(prompts, **how)] for _ in range(2)]
+    assert together[0] == together[1]
+    with ThreadPoolExecutor(3) as pool:
+        texts = list(pool.map(lambda prompt: sparse.generate(prompt, **how).token_ids, prompts * 3))
+    assert texts == alone * 3
+    # Passes over many tokens share the selector too.
+    logits = [sparse.logits(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(3) as pool:
+        for ours, theirs in zip(pool.map(sparse.logits, prompts), logits, strict=True):
+            assert torch.equal(ours, theirs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from time import perf_counter
 
 from dejavu.engine.engine import Engine
@@ -30,12 +31,13 @@ def overhead_share(engine: Engine, prompt: list[int], new_tokens: int) -> float:
     how = {"max_new_tokens": new_tokens, "ignore_eos": True}
     engine.generate(prompt, **how)  # makes the step that the next call reuses
     (step,) = engine._idle
-    if step._graph is None:
+    recorded = step._obedient
+    if recorded.graph is None:
         raise ConfigError("the overhead is measured over captured steps: use the cpu backend")
-    graph = step._graph
-    step._graph = timed = _Timed(graph)
+    timed = _Timed(recorded.graph)
+    step._obedient = replace(recorded, graph=timed)
     try:
         stats = engine.generate(prompt, **how).stats
     finally:
-        step._graph = graph
+        step._obedient = recorded
     return 1 - timed.seconds / stats.decode_s

@@ -200,6 +200,7 @@ class _Clock:
     def __init__(self, selector, captured: bool, clock: _Clock | None = None):
         self._selector, self._captured, self._first = selector, captured, clock or self
         self.capturable, self.cuts, self.collect = selector.capturable, selector.cuts, selector.collect
+        self.restart = selector.restart
         self.nbytes = getattr(selector, "nbytes", 0)
         self.seconds = 0.0
         self.advance = self._timed(selector.advance)
@@ -210,6 +211,9 @@ class _Clock:
 
     def without(self, parts):
         return _Clock(self._selector.without(parts), self._captured, self._first)
+
+    def fresh(self):
+        return _Clock(self._selector.fresh(), self._captured, self._first)
 
     def _timed(self, call):
         def timed(*args):

@@ -209,7 +209,10 @@ class Engine:
         context = self._context
         need = min(context, max(map(len, prompts)) + params.max_new_tokens - 1)
         capacity = min(context, -(-need // CACHE_STEP) * CACHE_STEP)
-        step = self._idle.pop() if self._idle else None
+        try:
+            step = self._idle.pop()
+        except IndexError:  # none, or another thread was faster
+            step = None
         # The rotary table of some models depends on the capacity, so a larger cache would not do.
         if step is None or (step.cache.batch, step.cache.capacity) != (len(prompts), capacity):
             step = self.new_step(len(prompts), capacity)

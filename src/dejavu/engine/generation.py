@@ -99,7 +99,7 @@ class Batch:
 
     def chunks(self) -> Iterator[Chunk]:
         """A chunk for each token of each row, as they come."""
-        self._step.reset_counts()
+        self._step.restart()
         for index, row in enumerate(self._rows):
             began = perf_counter()
             logits = self._step.prefill(index, row.prompt_ids)

@@ -138,7 +138,7 @@ class Scorer:
             capacity = min(limit, -(-longest // CAPACITY_STEP) * CAPACITY_STEP)
             # A score is that of the selections, on every machine.
             self._step = step = self._engine.new_step(rows, capacity, crossover=False)
-        step.reset_counts()
+        step.restart()
         out = [torch.empty(r.scored, self._vocabulary) for r in requests]
         for row, (r, logits) in enumerate(zip(requests, out, strict=True)):
             first = step.prefill(row, r.ids[:1])

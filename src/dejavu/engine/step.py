@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from dejavu.config import Mode
 from dejavu.engine.crossover import Costs
 from dejavu.errors import CapacityError, ConfigError, NotFiniteError
+from dejavu.kernels.base import Recording
 from dejavu.kernels.reference import Selection
 from dejavu.model.decoder import Decoder
 from dejavu.model.finite import is_finite, not_finite, trace
@@ -26,7 +29,7 @@ class DecodeStep:
     """The decode step of a batch over a cache of its own; captured once, then replayed in one call.
 
     `rows_read` (L, R) int64 counts the rows of each kind that the MLPs have read, and `heads_read` the query heads;
-    `reset_counts` zeroes both.
+    `restart` zeroes both.
 
     Args:
         decoder: the model.
@@ -36,6 +39,7 @@ class DecodeStep:
         pending: tokens that may wait in a head, with lazy keys and values; None: not lazy.
         costs: for this batch size, with a selector that is captured: a part whose selections were, after a few steps,
             larger than pays is read whole from then on. None: selections are always obeyed.
+        captured: record the step where it can be; False: call its ops one by one.
     """
 
     def __init__(
@@ -47,9 +51,9 @@ class DecodeStep:
         selector: Selector | None = None,
         pending: int | None = None,
         costs: Costs | None = None,
+        captured: bool = True,
     ):
         self._decoder, self._mode, self._costs = decoder, mode, costs
-        self._whole: frozenset[Part] = frozenset()
         self.cache = decoder.new_cache(batch, capacity, pending)
         self._ids = torch.zeros(batch, dtype=torch.int32)
         self._positions = torch.zeros(batch, dtype=torch.int32)
@@ -61,18 +65,22 @@ class DecodeStep:
         L, kinds = decoder.config.num_hidden_layers, 3 if decoder.config.gated else 2
         self.rows_read = torch.zeros(L, kinds, dtype=torch.int64, device=decoder.device)
         self._steps = 0
-        self._selector = None
+        watched = None
         if selector is not None:
-            self._selector = Watched(selector, L, decoder.config.num_attention_heads, decoder)
-        self._graph = None
-        if can_capture(decoder, selector):
-            self._capture()
-        assert costs is None or self._graph is not None
+            watched = Watched(selector.fresh(), L, decoder.config.num_attention_heads, decoder)
+        self._now = self._obedient = _Recorded(watched, frozenset())
+        if captured and can_capture(decoder, selector):
+            self._now = self._obedient = self._capture(watched, frozenset())
+        assert costs is None or self._now.graph is not None
 
     @property
     def lengths(self) -> list[int]:
         """Tokens in the cache of each row."""
         return (self._positions_view + 1).tolist()
+
+    @property
+    def _selector(self) -> Watched | None:
+        return self._now.selector
 
     @property
     def heads_read(self) -> Tensor:
@@ -85,15 +93,16 @@ class DecodeStep:
     @property
     def whole(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The layers whose selections did not pay: of heads, of neurons."""
-        return tuple(tuple(sorted(layer for layer, p in self._whole if p == part)) for part in (0, 1))
+        return tuple(tuple(sorted(layer for layer, p in self._now.whole if p == part)) for part in (0, 1))
 
     @property
     def predictor_bytes(self) -> int:
         """What the selector reads in a step to choose, where it says so."""
         return 0 if self._selector is None else self._selector.nbytes
 
-    def reset_counts(self) -> None:
-        self._steps = 0
+    def restart(self) -> None:
+        """A new text begins in every row: counts start again, and selections that are drawn are drawn as before."""
+        self._steps, self._now = 0, self._obedient
         self.rows_read.zero_()
         if self._selector is not None:
             self._selector.reset()
@@ -133,12 +142,12 @@ class DecodeStep:
         for ours, theirs in zip((self._ids, self._positions), self._inputs, strict=True):
             if ours is not theirs:
                 theirs.copy_(ours)
-        if self._graph is not None:
-            self._graph.replay()
-            logits = self._logits
+        if self._now.graph is not None:
+            self._now.graph.replay()
+            logits = self._now.logits
         else:
             with torch.inference_mode():
-                logits = self._step()
+                logits = self._step(self._selector)
         self._steps += 1
         if self._selector is not None and not self._selector.in_step:
             self._selector.count()
@@ -164,29 +173,30 @@ class DecodeStep:
 
     def op_seconds(self) -> dict[str, float] | None:
         """Seconds by op of one more run over the tokens fed; None where that is not known."""
-        return None if self._graph is None else self._graph.replay_timed()
+        return None if self._now.graph is None else self._now.graph.replay_timed()
 
-    def _capture(self) -> None:
-        def work() -> None:
-            self._logits = self._step()
-
+    def _capture(self, selector: Watched | None, whole: frozenset[Part]) -> _Recorded:
+        logits: list[Tensor] = []
         with torch.inference_mode():
-            self._graph = self._decoder.ops.record(work, self._unchanged)
+            graph = self._decoder.ops.record(lambda: logits.append(self._step(selector)), self._unchanged)
+        return _Recorded(selector, whole, graph, logits[-1])
 
     @contextmanager
     def _unchanged(self) -> Iterator[None]:
         """Inside, the last step may be repeated in place; then cache and counts are as before."""
         counts = [self.rows_read] if self._selector is None else [self.rows_read, self._selector.totals]
         before = [count.clone() for count in counts]
-        with self.cache.unchanged(self._inputs[1].long()):
-            yield
-        for count, value in zip(counts, before, strict=True):
-            count.copy_(value)
+        try:
+            with self.cache.unchanged(self._inputs[1].long()):
+                yield
+        finally:
+            for count, value in zip(counts, before, strict=True):
+                count.copy_(value)
 
     def _look(self) -> None:
         """Read whole what costs less so, by the mean of what was selected since the last reset.
 
-        There is no way back: what a part would select is no longer known.
+        Until the text ends there is no way back: what a part would select is no longer known.
         """
         c, cuts = self._decoder.config, self._selector.cuts
         heads = (self.heads_read / (self._steps * c.num_attention_heads)).tolist()
@@ -202,22 +212,33 @@ class DecodeStep:
             and self._costs.neurons_dense(rows[layer][0], sum(rows[layer][1:]) / (len(rows[layer]) - 1))
         }
         if more:
-            self._whole |= more
-            self._selector.read_whole(more)
-            self._capture()
+            # All that changes is made first and then put in place at once, so that an interrupt leaves all as it was.
+            selector = copy(self._selector)
+            selector.read_whole(more)
+            self._now = self._capture(selector, self._now.whole | more)
 
-    def _step(self) -> Tensor:
+    def _step(self, selector: Watched | None) -> Tensor:
         logits = self._decoder.step(
-            *self._inputs, self.cache, mode=self._mode, selector=self._selector, rows_read=self.rows_read
+            *self._inputs, self.cache, mode=self._mode, selector=selector, rows_read=self.rows_read
         )
-        if self._selector is not None and self._selector.in_step:
-            self._selector.count()
+        if selector is not None and selector.in_step:
+            selector.count()
         return logits
 
 
 def can_capture(decoder: Decoder, selector: Selector | None) -> bool:
     """Whether a step is recorded once and replayed."""
     return decoder.ops.can_record and (selector is None or selector.capturable)
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A way to run the step: who selects, the parts that are read whole, and where it is captured, graph and logits."""
+
+    selector: Watched | None
+    whole: frozenset[Part]
+    graph: Recording | None = None
+    logits: Tensor | None = None
 
 
 class Watched:
@@ -265,6 +286,7 @@ class Watched:
 
     def reset(self) -> None:
         self.totals.zero_()
+        self._selector.restart()
 
     @property
     def heads_read(self) -> Tensor:

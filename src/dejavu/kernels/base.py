@@ -6,6 +6,7 @@ has ops of its own and overrides whatever the device can do better.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
@@ -43,6 +44,8 @@ def _checked(name: str) -> Callable:
         check(*args, **kwargs)
         return getattr(self._ops, name)(*args, **kwargs)
 
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    op.__signature__ = inspect.Signature([own, *inspect.signature(meaning).parameters.values()])
     return op
 
 

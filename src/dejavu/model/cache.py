@@ -75,9 +75,11 @@ class KVCache:
         if self.hidden is not None:
             places += [(self.hidden, (every, rows, positions % self.hidden.shape[2])), (self.kv_len, ())]
         before = [tensor[place].clone() for tensor, place in places]
-        yield
-        for (tensor, place), value in zip(places, before, strict=True):
-            tensor[place] = value
+        try:
+            yield
+        finally:
+            for (tensor, place), value in zip(places, before, strict=True):
+                tensor[place] = value
 
     @property
     def batch(self) -> int:

@@ -43,12 +43,12 @@ class TokenMasks(Hooks):
     `kept` (L, 2) counts the heads and neurons kept in each layer, over `tokens` tokens.
 
     Args:
-        selector: its own for this pass.
+        selector: a fresh one is made of it for this pass.
         dense_prefix: tokens at positions below it read everything, as a prompt does before decoding.
     """
 
     def __init__(self, selector: ScoreSelector, dense_prefix: int = 0):
-        self._selector, self._dense = selector, dense_prefix
+        self._selector, self._dense = selector.fresh(), dense_prefix
         self._all: Tensor | None = None  # (T,) bool: tokens of this chunk that read everything; None: no token does
         self.tokens = 0
         self.kept = torch.zeros(len(selector.cuts), 2, dtype=torch.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -69,11 +70,20 @@ class StaticSelector(_Buffers):
 
 
 class RandomSelector(_Buffers):
-    """New random units for every token, drawn on the host before each step. `totals`: heads and neurons of a layer."""
+    """New random units for every token, drawn on the host before each step. `totals`: heads and neurons of a layer.
+
+    The n-th step of every text draws the same.
+    """
 
     def __init__(self, cuts: Cuts, ops: Backend, totals: tuple[int, int], seed: int, device: torch.device):
-        self._generator = torch.Generator().manual_seed(seed)
+        self._seed, self._generator = seed, torch.Generator().manual_seed(seed)
         super().__init__(cuts, ops, totals, device)
+
+    def fresh(self) -> Self:
+        return RandomSelector(self.cuts, self._ops, self._totals, self._seed, self._device)
+
+    def restart(self) -> None:
+        self._generator.manual_seed(self._seed)
 
     def scores(self, layer: int, part: int, tokens: int) -> Tensor:
         return torch.rand(tokens, self._totals[part], generator=self._generator).to(self._device)

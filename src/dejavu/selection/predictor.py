@@ -94,6 +94,9 @@ class PredictorSelector(ScoreSelector):
         other._plan()
         return other
 
+    def fresh(self) -> Self:
+        return self.without(())
+
     def head_scores(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> Tensor | None:
         return self._score(2 * layer + HEADS, y)
 

@@ -32,6 +32,13 @@ class Selector(Protocol):
     capturable: bool
     cuts: Cuts  # None: the part is read whole, and nothing is selected
 
+    def fresh(self) -> Self:
+        """The same selector for one step or pass: what it remembers from call to call is its own, so that threads and
+        engines may share the one that it was made from."""
+
+    def restart(self) -> None:
+        """A new text begins: what follows depends on nothing that came before it."""
+
     def advance(self) -> None:
         """Prepare the next step. Called on the host, before the step runs or is replayed."""
 
@@ -117,6 +124,12 @@ class ScoreSelector:
             for layer, pair in enumerate(self.cuts)
         ]
         return other
+
+    def fresh(self) -> Self:
+        return copy(self)
+
+    def restart(self) -> None:
+        """Most policies remember nothing beyond a step."""
 
     def advance(self) -> None:
         """Most policies look at nothing but the step itself."""

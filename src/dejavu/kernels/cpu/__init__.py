@@ -68,12 +68,19 @@ def capture() -> Iterator[_Capture]:
 def _issue(op: Callable, *args) -> None:
     graph = _recording.get()
     tape = _native.Tape() if graph is None else graph.tape
-    try:
+    with _refusals():
         op(tape, *args)
-    except ValueError as error:  # what kernels.shapes does not see: layouts in memory, dtypes that this backend lacks
-        raise ConfigError(str(error)) from None
     if graph is None:
         tape.replay()
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What kernels.shapes does not look at: layouts in memory, and dtypes that this backend lacks."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def set_threads(n: int) -> None:
@@ -141,9 +148,11 @@ def _pair(selection: Selection) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _weights(weight: Weight) -> _native.Weights:
-    if not isinstance(weight, Quantized):
-        return _native.Weights(weight)
-    return _native.Weights(weight.data, weight.width, weight.format.bits, weight.format.group, weight.format.zero_point)
+    with _refusals():
+        if not isinstance(weight, Quantized):
+            return _native.Weights(weight)
+        form = weight.format
+        return _native.Weights(weight.data, weight.width, form.bits, form.group, form.zero_point)
 
 
 def _row_bytes(weight: Weight) -> int:

@@ -20,6 +20,7 @@ class CpuBackend(Backend):
     empty = staticmethod(cpu.empty)
     read_bandwidth = staticmethod(cpu.read_bandwidth)
     num_threads = staticmethod(cpu.num_threads)
+    isa, isas, set_isa = staticmethod(cpu.isa), staticmethod(cpu.isas), staticmethod(cpu.set_isa)
 
     def record(self, work, rehearse=None):
         with cpu.capture() as capture:
