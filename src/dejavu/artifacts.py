@@ -53,7 +53,7 @@ def write_json(path: str | os.PathLike, data: dict) -> None:
 def read_json(path: str | os.PathLike, error: type[DejavuError] = ConfigError) -> dict:
     """Read a JSON object. Raises: `error`, naming the file, where it is missing or is not a JSON object."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as cause:
         raise error(f"{path}: cannot be read ({cause.strerror or cause})") from cause
     except (ValueError, RecursionError) as cause:

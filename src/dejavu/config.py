@@ -25,6 +25,21 @@ class RopeConfig:
     kind: str = "default"
     scaling: dict = field(default_factory=dict, hash=False)
 
+    def context(self, max_position_embeddings: int) -> int:
+        """Positions that the model may have: config.json keeps the shorter context of before where it was stretched."""
+        if self.kind in ("linear", "dynamic"):
+            return max(max_position_embeddings, int(max_position_embeddings * self.scaling["factor"]))
+        if self.kind == "yarn" and self.scaling.get("factor") is not None:
+            original = self.scaling["original_max_position_embeddings"]
+            return max(max_position_embeddings, int(original * self.scaling["factor"]))
+        return max_position_embeddings
+
+    def stretch(self, length: int, max_position_embeddings: int) -> float:
+        """See ModelConfig.stretch."""
+        if self.kind == "dynamic":
+            return max(length, max_position_embeddings)
+        return float(self.kind == "longrope" and length > self.scaling["original_max_position_embeddings"])
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -73,8 +88,16 @@ class ModelConfig:
             *("num_key_value_heads", "head_dim", "max_position_embeddings"),
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"config: {name} must be a positive integer, found {value!r}")
+            if type(value) is not int or not 1 <= value < 2**48:
+                raise ConfigError(f"config: {name} must be a positive integer below 2^48, found {value!r}")
+        for name, low, high in (("norm_eps", 0, 1), ("activation_threshold", 0, 1e30)):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ConfigError(f"config: {name} must be in [{low}, {high:g}], found {value!r}")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ConfigError(
+                f"config: sliding_window must be a positive integer or null, found {self.sliding_window!r}"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"config: num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -91,6 +114,15 @@ class ModelConfig:
     def heads_per_group(self) -> int:
         """Query heads that share one key/value head."""
         return self.num_attention_heads // self.num_key_value_heads
+
+    @property
+    def context(self) -> int:
+        """Tokens that a text may have: `max_position_embeddings`, which some rotary kinds stretch by their factor."""
+        return self.max_position_embeddings if self.rope is None else self.rope.context(self.max_position_embeddings)
+
+    def stretch(self, length: int) -> float:
+        """The same for texts that rotary positions turn by the same angles; most kinds turn all texts alike."""
+        return 0.0 if self.rope is None else self.rope.stretch(length, self.max_position_embeddings)
 
     @property
     def modes(self) -> tuple[Mode, ...]:
@@ -235,6 +267,9 @@ def parse_share(text: str | None) -> float | None:
     if text is None:
         return None
     try:
-        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError as error:
-        raise ConfigError(f"expected a share like 1% or 0.01, found {text!r}") from error
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = math.nan
+    if not math.isfinite(share):
+        raise ConfigError(f"expected a share like 1% or 0.01, found {text!r}")
+    return share

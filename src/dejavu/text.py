@@ -38,7 +38,7 @@ def documents(sources: Sequence[str], *, whole: bool = False) -> Iterator[str]:
 
 def _one(source: str, piece: int | None) -> Iterator[str]:
     if source == "-":
-        yield from _split(sys.stdin, "stdin", piece)
+        yield from _split(sys.stdin, "stdin", piece, first=True)
     elif source.startswith("hf:"):
         yield from _hub(source)
     elif (path := Path(source)).is_dir():
@@ -56,7 +56,7 @@ def _one(source: str, piece: int | None) -> Iterator[str]:
 @contextmanager
 def _open(path: Path) -> Iterator[IO[str]]:
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
             yield file
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); name a text file or folder") from error
@@ -64,11 +64,14 @@ def _open(path: Path) -> Iterator[IO[str]]:
         raise ConfigError(f"{path}: the compressed file is cut short") from error
 
 
-def _split(lines: IO[str], name: str, piece: int | None) -> Iterator[str]:
+def _split(lines: IO[str], name: str, piece: int | None, *, first: bool = False) -> Iterator[str]:
+    """first: a byte order mark may still stand before the text."""
     document: list[str] = []
     size = 0
     try:
         while line := lines.readline(piece or -1):
+            if first:
+                line, first = line.removeprefix("\ufeff"), False
             ends = line.strip() == SEPARATOR
             if not ends:
                 document.append(line)

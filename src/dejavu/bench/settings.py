@@ -77,7 +77,7 @@ class Setting:
         """Raises: ConfigError where the model cannot run this."""
         if self.mode not in config.modes:
             raise ConfigError(f"mode {self.mode!r} is not one of this model's: {', '.join(config.modes)}")
-        need, context = self.prompt + new_tokens, config.max_position_embeddings
+        need, context = self.prompt + new_tokens, config.context
         if need > context:
             raise ConfigError(
                 f"prompt {self.prompt} and {new_tokens} new tokens are {need - context} more than the model's context "

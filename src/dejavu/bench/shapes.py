@@ -18,7 +18,7 @@ from dejavu.config import ModelConfig
 from dejavu.errors import ConfigError
 from dejavu.kernels.base import Backend
 from dejavu.kernels.quantized import LINE, Quantized, RowFormat, Weight, quantize
-from dejavu.model import family
+from dejavu.model import parse  # noqa: F401  (shapes.parse)
 
 # A prime, so that no two rows of a model are filled from the same place of the noise.
 _NOISE = 8_388_593
@@ -75,11 +75,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 def shape(name: str) -> dict[str, Any]:
     """The config.json of a named shape. Raises: ConfigError naming those that exist."""
     return SHAPES[check_name("shape", name, SHAPES)]
-
-
-def parse(config: dict[str, Any]) -> ModelConfig:
-    """The decoder's configuration of a config.json. Raises: CheckpointError as the family does."""
-    return family(config.get("model_type")).parse(config)
 
 
 def fill_noise(tensors: Iterable[tuple[Tensor, float]], seed: int) -> None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
+from types import MappingProxyType
 
 from dejavu.checkpoint.slots import Slot
 from dejavu.checkpoint.source import BYTES, DTYPE_NAMES, Checkpoint
-from dejavu.device import parse_dtype
+from dejavu.device import parse_dtype, warn_once
 from dejavu.errors import CheckpointError
 
 Progress = Callable[[int, int], None]
 
 # A wrong model_type makes every tensor wrong; past this many names a list says nothing more.
 NAMES_SHOWN = 20
+# In the name of a tensor of a layer, saved quantised or not.
+LAYER = r"(^|\.)layers\.\d+\."
 
 
 def match(
@@ -24,6 +27,7 @@ def match(
     *,
     prefixes: Iterable[str] = ("",),
     ignored: Iterable[str] = (),
+    renamed: Mapping[str, str] = MappingProxyType({}),
     dtypes: Iterable[str] = tuple(DTYPE_NAMES.values()),
 ) -> dict[str, str]:
     """Find the tensor of every slot, from the headers alone.
@@ -33,13 +37,15 @@ def match(
         prefixes: what may stand before a tensor's name, "" included.
         dtypes: that tensors may have.
         ignored: regular expressions of tensors that may be there and are not read.
+        renamed: tensor name -> slot that it goes to, where these differ.
     Returns: tensor name -> slot name, in the order of the files.
-    Raises: CheckpointError listing every tensor that is missing, unexpected, wrongly shaped or of an
-        unsupported dtype.
+    Raises: CheckpointError listing every tensor that is missing, unexpected inside a layer (it would change what that
+        computes), wrongly shaped or of an unsupported dtype. What else is unexpected, a value head say, is warned of.
     """
     found, filled, unexpected = {}, set(), []
     for name in checkpoint.headers:
         bare = [name.removeprefix(prefix) for prefix in prefixes if name.startswith(prefix)]
+        bare = [renamed[name]] if name in renamed else bare
         slot = next((b for b in bare if b in slots and b not in filled), None)
         if slot is not None:
             found[name] = slot
@@ -47,9 +53,10 @@ def match(
         elif not any(re.search(pattern, name) for pattern in ignored):
             unexpected.append(name)
     headers = {name: checkpoint.headers[name] for name in found}
+    missing = [f"{name} {slot.shape}" for name, slot in slots.items() if name not in filled]
     problems = {
-        "missing": [f"{name} {slot.shape}" for name, slot in slots.items() if name not in filled],
-        "unexpected": unexpected,
+        "missing": missing,
+        "unexpected": [name for name in unexpected if missing or re.search(LAYER, name)],
         "wrongly shaped": [
             f"{name} (expected {slots[found[name]].shape}, found {header.shape})"
             for name, header in headers.items()
@@ -62,6 +69,8 @@ def match(
     if any(problems.values()):
         lists = "; ".join(f"{len(names)} {kind}: {_shorten(names)}" for kind, names in problems.items() if names)
         raise CheckpointError(f"{checkpoint.path}: the tensors are not those that config.json describes: {lists}")
+    if unexpected:
+        warn_once(f"{checkpoint.path}: {len(unexpected)} tensors are not part of the model: {_shorten(unexpected)}")
     return found
 
 

@@ -122,8 +122,12 @@ class Fields:
     def int(self, name: str, default: int | None = None) -> int:
         return self._get(name, default, int, "an integer")
 
-    def float(self, name: str, default: float | None = None) -> float:
-        return float(self._get(name, default, (int, float), "a number"))
+    def float(self, name: str, default: float | None = None, low: float = -1e30) -> float:
+        """A number in [low, 1e30]: JSON as Python reads it has NaN and Infinity too, and integers of any size."""
+        value = self._get(name, default, (int, float), "a number")
+        if not low <= value <= 1e30:
+            raise CheckpointError(f"config.json: {name} must be a number in [{low:g}, 1e30], found {value!r}")
+        return float(value)
 
     def bool(self, name: str, default: bool | None = None) -> bool:
         return self._get(name, default, bool, "true or false")

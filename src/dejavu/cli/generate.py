@@ -174,8 +174,6 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
         prompt = _text(sys.stdin.buffer.read(), "stdin")
     elif prompt is None:
         raise typer.BadParameter("give a PROMPT, or - to read it from stdin")
-    if not prompt:
-        raise ConfigError("the prompt is empty; give at least one character")
     return prompt
 
 
@@ -187,9 +185,9 @@ def _read_file(path: Path) -> str:
 
 
 def _text(data: bytes, source: str) -> str:
-    """UTF-8 text without the newline that ends its last line."""
+    """UTF-8 text without a byte order mark, and without the newline that ends its last line."""
     try:
-        return data.decode().removesuffix("\n").removesuffix("\r")
+        return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{source}: expected UTF-8 text, found byte 0x{data[error.start]:02x} at offset {error.start}; convert it"

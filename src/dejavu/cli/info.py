@@ -65,9 +65,10 @@ def info(
         "activation": config.activation,
         "gated": config.gated,
         **{name: getattr(config, name) for name in SIZES},
+        "context": config.context,
     }
     # Dense, at the end of the context, where the keys and values are most.
-    read = step_bytes(config, plan, attended=config.sliding_window or config.max_position_embeddings)
+    read = step_bytes(config, plan, attended=config.sliding_window or config.context)
     if as_json:
         typer.echo(json.dumps(facts | {"dense_step_bytes": read}))
         return
@@ -79,7 +80,7 @@ def info(
     table = Table(show_header=False)
     for name, value in facts.items():
         cell = f"{value:,}" if type(value) is int else ", ".join(value) if type(value) is tuple else str(value)
-        table.add_row(name, cell, end_section=name == SIZES[-1])
+        table.add_row(name, cell, end_section=name == "context")
     for part, count in read.items():
         table.add_row(f"read per token: {part}", decimal(round(count)))
     table.add_row("read per token, dense, full context", decimal(round(sum(read.values()))))

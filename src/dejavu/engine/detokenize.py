@@ -28,8 +28,11 @@ class Detokenizer:
     def __init__(self, decode: Callable[[Sequence[int]], str], prompt_ids: Sequence[int] = ()):
         self._decode = decode
         self._window = list(prompt_ids[-PROMPT_TAIL:])
-        self._done = len(self._window)  # tokens of the window that do not wait
-        self._sent = len(decode(self._window))  # characters of the window's text that are out
+        text = decode(self._window)
+        # Of a character that the prompt only begins: new tokens may complete it, and then it is new text.
+        self._begun = min(len(text) - len(text.rstrip(REPLACEMENT)), MAX_WAITING - 1)
+        self._done = len(self._window) - min(self._begun, len(self._window))  # tokens of the window that do not wait
+        self._sent = len(text) - self._begun  # characters of the window's text that are out
 
     def push(self, token_id: int) -> str:
         """Add a token; return the text that it settles, maybe none."""
@@ -38,47 +41,61 @@ class Detokenizer:
         half = text.endswith(REPLACEMENT)
         if half and len(self._window) - self._done < MAX_WAITING:
             return ""
-        piece = text[self._sent : len(text) - half]
+        piece = self._new(text[: len(text) - half])
         if not piece and not half and self._sent:
             self._window.pop()  # a special token: the window must go on starting with text
             return ""
         self._window = self._window[-MAX_WAITING:] if half else self._window[self._done :]
         self._done = 1 if half else len(self._window)
         self._sent = len(self._decode(self._window)) - half
+        self._begun = 0
         return piece
 
     def flush(self) -> str:
         """The text of the tokens still waiting, incomplete as it may be; no token may follow."""
-        return self._decode(self._window)[self._sent :]
+        return self._new(self._decode(self._window))
+
+    def _new(self, text: str) -> str:
+        """The window's text that is not out, less what stands for a character that the prompt left incomplete."""
+        piece = text[self._sent :]
+        return piece[min(self._begun, len(piece) - len(piece.lstrip(REPLACEMENT))) :]
 
 
 class StopScanner:
     """Holds back text that may be the beginning of a stop string, and ends the text before the first one.
 
-    Which string stops, and where, does not depend on how the text was cut into pieces.
+    Which string stops, and where, does not depend on how the text was cut into pieces. Special tokens count
+    as they are spelled, though they are no part of the text that comes out.
     """
 
     def __init__(self, stop: Sequence[str]):
         self._stop = stop
-        self._held = ""
+        self._held, self._shown = "", ""  # and for each character of it whether it comes out: "1" or "0"
         self.hit: str | None = None  # the stop string that ended the text
 
-    def push(self, piece: str) -> str:
-        """Add text; return what certainly stands before any stop string. Once `hit` is set the text is over."""
-        text = self._held + piece
+    def push(self, piece: str, special: str = "") -> str:
+        """Add text, and after it a special token; return what certainly stands before any stop string. Once `hit` is
+        set the text is over."""
+        self._held += piece + special
+        self._shown += "1" * len(piece) + "0" * len(special)
+        text = self._held
         found = [(at + len(s), at, s) for s in self._stop if (at := text.find(s)) >= 0]
         if found:
             _, at, self.hit = min(found)
-            self._held = ""
-            return text[:at]
-        keep = max((_overlap(text, s) for s in self._stop), default=0)
-        out, self._held = text[: len(text) - keep], text[len(text) - keep :]
-        return out
+            out = self._take(at)
+            self._held = self._shown = ""
+            return out
+        return self._take(len(text) - max((_overlap(text, s) for s in self._stop), default=0))
 
     def flush(self) -> str:
         """What was held back, now that no more text comes."""
-        out, self._held = self._held, ""
-        return out
+        return self._take(len(self._held))
+
+    def _take(self, count: int) -> str:
+        """The first characters of what is held, without special tokens."""
+        out, shown = self._held[:count], self._shown[:count]
+        self._held, self._shown = self._held[count:], self._shown[count:]
+        return out if "0" not in shown else "".join(c for c, yes in zip(out, shown, strict=True) if yes == "1")
 
 
 def _overlap(text: str, stop: str) -> int:

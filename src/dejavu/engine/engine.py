@@ -24,7 +24,7 @@ from dejavu.engine.tokenizer import Tokenizer
 from dejavu.errors import CapacityError, CheckpointError, ConfigError
 from dejavu.kernels import backend as load_backend
 from dejavu.kernels.base import Backend
-from dejavu.model import family
+from dejavu.model import parse
 from dejavu.model.decoder import Decoder
 from dejavu.model.hooks import TokenMasks
 from dejavu.model.load import load_weights
@@ -116,7 +116,7 @@ class Engine:
         set_threads(ops, threads)
         checkpoint = open_checkpoint(model, revision=revision)
         # What can fail fast comes before the weights, which may take minutes.
-        config = family(checkpoint.config.get("model_type")).parse(checkpoint.config)
+        config = parse(checkpoint.config)
         mode, tokenizer = _choose_mode(mode, config, selection), Tokenizer(checkpoint.path, config)
         settings = {"ops": ops, "dtype": dtype, "quantization": quantization, "progress": progress}
         config, loaded = load_weights(checkpoint, **settings)
@@ -170,8 +170,9 @@ class Engine:
         """
         started = perf_counter()
         params = replace(params or SamplingParams(), **sampling)
-        prompts, _ = split_prompts(prompt)
-        return self._run([self._prompt_ids(p) for p in prompts], params, started)
+        prompts = [self._prompt_ids(p) for p in split_prompts(prompt)[0]]
+        self._require_one_stretch(prompts, params.max_new_tokens)
+        return self._run(prompts, params, started)
 
     def logits(self, prompt: Prompt) -> Tensor:
         """The logits (T, V) float32 of every position of a prompt: text, or token ids taken as they are.
@@ -206,20 +207,30 @@ class Engine:
         return DecodeStep(self.decoder, batch, capacity, self.mode, self._selector, pending, costs)
 
     def _run(self, prompts: list[list[int]], params: SamplingParams, started: float) -> Iterator[Chunk]:
-        context = self._context
+        context, stretch = self._context, self.config.stretch
         need = min(context, max(map(len, prompts)) + params.max_new_tokens - 1)
         capacity = min(context, -(-need // CACHE_STEP) * CACHE_STEP)
+        if stretch(capacity) != stretch(need):  # room that a text never uses may not change its angles
+            capacity = need
         try:
             step = self._idle.pop()
         except IndexError:  # none, or another thread was faster
             step = None
-        # The rotary table of some models depends on the capacity, so a larger cache would not do.
         if step is None or (step.cache.batch, step.cache.capacity) != (len(prompts), capacity):
             step = self.new_step(len(prompts), capacity)
         try:
             yield from Batch(self.decoder, self.tokenizer, step, prompts, params, started).chunks()
         finally:
             self._idle[:] = [step]
+
+    def _require_one_stretch(self, prompts: list[list[int]], new: int) -> None:
+        """Raises: ConfigError for rows that this kind of rotary positions turns by different angles."""
+        lengths = [min(self._context, len(ids) + new - 1) for ids in prompts]
+        if len({self.config.stretch(length) for length in lengths}) > 1:
+            raise ConfigError(
+                f"rope_type {self.config.rope.kind} chooses its angles by the length of the text, and rows of a batch "
+                f"share them: these texts may have {min(lengths)} to {max(lengths)} tokens; generate them one at a time"
+            )
 
     def _make_selector(self, selection: SelectionConfig, calibration: str | None) -> Selector:
         d = self.decoder
@@ -240,7 +251,7 @@ class Engine:
 
     @property
     def _context(self) -> int:
-        return self.config.max_position_embeddings
+        return self.config.context
 
     def _prompt_ids(self, prompt: str | list[int]) -> list[int]:
         V, context = self.config.vocab_size, self._context

@@ -163,11 +163,12 @@ class _Row:
         self.finish_reason: Literal["stop", "eos", "length"] | None = None
         self.prefill_s = self.ttft_s = 0.0
         # The last token is never read, so it needs no place in the context.
-        self._limit = min(params.max_new_tokens, config.max_position_embeddings - len(prompt_ids) + 1)
+        self._limit = min(params.max_new_tokens, config.context - len(prompt_ids) + 1)
         self._eos = frozenset() if params.ignore_eos else tokenizer.eos_ids
         self._sampler = Sampler(params, prompt_ids, config.vocab_size)
         self._detokenizer = Detokenizer(tokenizer.decode, prompt_ids)
         self._scanner = StopScanner(params.stop)
+        self._spelled = tokenizer.spelled if params.stop else lambda token: ""
         self._texts: list[str] = []
         self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
 
@@ -180,7 +181,7 @@ class _Row:
         ended = token in self._eos
         over = ended or len(self.token_ids) == self._limit
         piece = "" if ended else self._detokenizer.push(token)
-        text = self._scanner.push(piece + self._detokenizer.flush() if over else piece)
+        text = self._scanner.push(piece + self._detokenizer.flush() if over else piece, self._spelled(token))
         if self._scanner.hit is not None:
             self.finish_reason = "stop"
         elif over:

@@ -112,6 +112,8 @@ class Scorer:
             reads: takes up what was read.
         """
         reads = reads or Reads(self._engine)
+        if len({self._engine.config.stretch(r.length) for r in requests}) > 1:  # rows share their rotary angles
+            return [logits for r in requests for logits in self.logits([r], reads)]
         if self._path == "masked":
             return self._masked(requests, reads)
         out: list[Tensor] = []
@@ -133,9 +135,11 @@ class Scorer:
     def _steps(self, requests: Sequence[Request], reads: Reads) -> list[Tensor]:
         longest, rows = max(r.length for r in requests), len(requests)
         step = self._step
-        if step is None or step.cache.batch != rows or step.cache.capacity < longest:
-            limit = self._engine.config.max_position_embeddings
+        limit, stretch = self._engine.config.context, self._engine.config.stretch
+        fits = step is not None and step.cache.batch == rows and step.cache.capacity >= longest
+        if not fits or stretch(step.cache.capacity) != stretch(longest):
             capacity = min(limit, -(-longest // CAPACITY_STEP) * CAPACITY_STEP)
+            capacity = capacity if stretch(capacity) == stretch(longest) else longest
             # A score is that of the selections, on every machine.
             self._step = step = self._engine.new_step(rows, capacity, crossover=False)
         step.restart()

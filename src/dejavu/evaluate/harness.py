@@ -47,7 +47,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        return self.engine.config.max_position_embeddings
+        return self.engine.config.context
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         if add_special_tokens is None:

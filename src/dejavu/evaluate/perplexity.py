@@ -58,7 +58,7 @@ def text_task(
         tokens: scored tokens at most; the document in which they end is cut there.
     Raises: ConfigError for text that is missing, empty or not text, and for a window or stride that do not fit.
     """
-    context = engine.config.max_position_embeddings
+    context = engine.config.context
     if not 1 <= stride <= window <= context:
         raise ConfigError(
             f"expected 1 <= stride <= window <= {context}, the model's context; found stride {stride}, window {window}"

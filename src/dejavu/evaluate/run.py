@@ -65,7 +65,7 @@ class Evaluation:
                 raise ConfigError(f"{name} must be a positive integer, found {value}")
         if not tasks and not texts:
             raise ConfigError("give at least one task or text")
-        window = window or engine.config.max_position_embeddings
+        window = window or engine.config.context
         stride = stride or window
         self.settings = {
             "num_fewshot": num_fewshot,
@@ -245,7 +245,7 @@ def time_decode(engines: Mapping[str, Engine], requests: Sequence[Request]) -> d
     """Median milliseconds and bytes of a decode step, settings in turns, after the longest request's beginning."""
     longest = max(requests, key=lambda r: r.length)
     prompt = list(longest.ids[:TIMED_PROMPT])
-    room = next(iter(engines.values())).config.max_position_embeddings - len(prompt)
+    room = next(iter(engines.values())).config.context - len(prompt)
     runs: dict[str, list] = {name: [] for name in engines}
     for _ in range(TIMED_ROUNDS):
         for name, engine in engines.items():

@@ -29,10 +29,10 @@ def parse(config: dict) -> ModelConfig:
         head_dim=head_dim,
         max_position_embeddings=positions,
         activation=activation,
-        activation_threshold=f.float("hidden_act_param") if activation == "fatrelu" else 0.0,
+        activation_threshold=f.float("hidden_act_param", low=0) if activation == "fatrelu" else 0.0,
         gated=True,
         norm="rms",
-        norm_eps=f.float("rms_norm_eps", 1e-6),
+        norm_eps=f.float("rms_norm_eps", 1e-6, low=0),
         attention_bias=bias,
         attention_out_bias=bias,
         mlp_bias=f.bool("mlp_bias", False),
@@ -43,13 +43,14 @@ def parse(config: dict) -> ModelConfig:
     )
 
 
+EMBEDDINGS = "embed_tokens.weight"
 PREFIXES = ("model.", "")  # LlamaForCausalLM, and LlamaModel
 IGNORED = (r"\.rotary_emb\.inv_freq$",)  # older checkpoints carry what config.json says
 
 
 def slots(config: ModelConfig, weights: Weights) -> dict[str, Slot]:
     """Where each tensor of the checkpoint goes, by name without prefix."""
-    out = {"embed_tokens.weight": Slot(weights.embed), **norm_slots("norm", weights.final_norm)}
+    out = {EMBEDDINGS: Slot(weights.embed), **norm_slots("norm", weights.final_norm)}
     if weights.head is not weights.embed:
         out["lm_head.weight"] = Slot(weights.head)
     for i, layer in enumerate(weights.layers):

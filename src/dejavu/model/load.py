@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+from types import ModuleType
+
 import torch
 
 from dejavu.checkpoint.layout import Quantization, Weights, allocate, require_weight_memory
@@ -9,10 +13,13 @@ from dejavu.checkpoint.load import Progress, fill, match, stored_dtype
 from dejavu.checkpoint.packed import packed_settings, packed_slots
 from dejavu.checkpoint.source import BYTES, DTYPE_NAMES, Checkpoint
 from dejavu.config import ModelConfig
-from dejavu.device import choose_dtype
+from dejavu.device import choose_dtype, warn_once
 from dejavu.errors import CheckpointError, ConfigError
 from dejavu.kernels.base import Backend
-from dejavu.model import family
+from dejavu.model import family, parse
+
+# The output matrix, by its name in every family.
+HEAD = "lm_head.weight"
 
 
 def plan_weights(
@@ -23,8 +30,8 @@ def plan_weights(
     Returns: the configuration, the weights on the meta device, and tensor name -> slot name.
     Raises: as load_weights does.
     """
-    module = family(checkpoint.config.get("model_type"))
-    config = module.parse(checkpoint.config)
+    config = parse(checkpoint.config)
+    module = family(config.model_type)
     if config.num_hidden_layers > len(checkpoint.headers):
         raise CheckpointError(
             f"{checkpoint.path}: config.json says {config.num_hidden_layers} layers, but there are only "
@@ -35,6 +42,8 @@ def plan_weights(
         if quantization is not None:
             raise ConfigError(f"{checkpoint.path}: is quantised already ({packed[0].weights.name}); ask for no format")
         dtype = choose_dtype(dtype, packed[1], device)
+        if "head" in checkpoint.headers:  # though config.json says that it is the embeddings
+            config = replace(config, tie_word_embeddings=False)
         plan = allocate(config, dtype, _no_memory, packed[0])
         slots = packed_slots(plan)
         names = match(checkpoint, slots, dtypes=(*DTYPE_NAMES.values(), BYTES))
@@ -42,9 +51,21 @@ def plan_weights(
             if (checkpoint.headers[name].dtype == BYTES) != (slot.view.dtype == torch.uint8):
                 raise CheckpointError(f"{checkpoint.headers[name].file}: {name} has the wrong dtype; quantise it again")
         return config, plan, names
-    shapes = allocate(config, torch.float32, _no_memory)
-    tied = (r"^lm_head\.weight$",) if shapes.head is shapes.embed else ()
-    names = match(checkpoint, module.slots(config, shapes), prefixes=module.PREFIXES, ignored=(*module.IGNORED, *tied))
+    if config.tie_word_embeddings and _head_differs(checkpoint, module):
+        warn_once(
+            f"{checkpoint.path}: config.json ties the LM head to the embeddings, but {HEAD} has values of its own; "
+            "they are used"
+        )
+        config = replace(config, tie_word_embeddings=False)
+    slots = module.slots(config, allocate(config, torch.float32, _no_memory))
+    alone = config.tie_word_embeddings and HEAD in checkpoint.headers and not _embeddings(checkpoint, module)
+    names = match(
+        checkpoint,
+        slots,
+        prefixes=module.PREFIXES,
+        ignored=(*module.IGNORED, rf"^{re.escape(HEAD)}$") if not alone else module.IGNORED,
+        renamed={HEAD: module.EMBEDDINGS} if alone else {},
+    )
     dtype = choose_dtype(dtype, stored_dtype(checkpoint, names), device)
     return config, allocate(config, dtype, _no_memory, quantization), names
 
@@ -76,6 +97,22 @@ def load_weights(
     slots = packed_slots(weights) if packed else family(config.model_type).slots(config, weights)
     fill(checkpoint, slots, names, progress)
     return config, weights
+
+
+def _embeddings(checkpoint: Checkpoint, module: ModuleType) -> str | None:
+    """The name of the embeddings' tensor, if it is there."""
+    return next((p + module.EMBEDDINGS for p in module.PREFIXES if p + module.EMBEDDINGS in checkpoint.headers), None)
+
+
+def _head_differs(checkpoint: Checkpoint, module: ModuleType) -> bool:
+    """Whether the file holds an LM head other than the embeddings; reads both up to the first difference."""
+    embeddings, headers = _embeddings(checkpoint, module), checkpoint.headers
+    if embeddings is None or HEAD not in headers:
+        return False
+    if headers[embeddings].shape != headers[HEAD].shape:
+        return True
+    pieces = zip(checkpoint.tensors({embeddings: 1}), checkpoint.tensors({HEAD: 1}), strict=True)
+    return any(not torch.equal(ours, theirs) for (_, _, ours), (_, _, theirs) in pieces)
 
 
 def _no_memory(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -7,9 +7,9 @@ from dataclasses import replace
 from dejavu.checkpoint.slots import Fields
 from dejavu.config import ModelConfig
 from dejavu.model import llama
-from dejavu.model.llama import PREFIXES, slots
+from dejavu.model.llama import EMBEDDINGS, PREFIXES, slots
 
-__all__ = ["IGNORED", "PREFIXES", "parse", "slots"]
+__all__ = ["EMBEDDINGS", "IGNORED", "PREFIXES", "parse", "slots"]
 
 # TurboSparse ships a predictor beside each MLP; ours are made by `fit`.
 IGNORED = (*llama.IGNORED, r"\.mlp\.predictor\.")

@@ -41,6 +41,7 @@ def parse(config: dict) -> ModelConfig:
     )
 
 
+EMBEDDINGS = "decoder.embed_tokens.weight"
 PREFIXES = ("model.", "")  # OPTForCausalLM, and the older OPTModel checkpoints
 IGNORED = (r"decoder\.version$",)  # a marker that early conversions kept
 
@@ -48,7 +49,7 @@ IGNORED = (r"decoder\.version$",)  # a marker that early conversions kept
 def slots(config: ModelConfig, weights: Weights) -> dict[str, Slot]:
     """Where each tensor of the checkpoint goes, by name without prefix."""
     out = {
-        "decoder.embed_tokens.weight": Slot(weights.embed),
+        EMBEDDINGS: Slot(weights.embed),
         "decoder.embed_positions.weight": Slot(weights.position_table),
         **norm_slots("decoder.final_layer_norm", weights.final_norm),
     }

@@ -4,7 +4,8 @@ Two published kinds change their frequencies with the length of the text (`dynam
 model was trained for, `longrope` past the original one). Changed in mid-text they would leave cached keys
 turned by angles that no longer fit, and decode would not equal a forward over the whole text. So a table has
 one set of frequencies, that of its own `length`: the longest text that its cache can hold. A text that fills
-the cache gets exactly the angles of a forward over it.
+the cache gets exactly the angles of a forward over it. Rows of a batch share a cache, and so are refused where
+they would be turned differently alone (RopeConfig.stretch).
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ def parse_rope(config: dict, head_dim: int, max_position_embeddings: int) -> Rop
             f"found head_dim {head_dim} and partial_rotary_factor {part}"
         )
     kind = params.get("rope_type", params.get("type", "default"))
-    rope = RopeConfig(fields.float("rope_theta", 10_000.0), kind, scaling)
+    rope = RopeConfig(fields.float("rope_theta", 10_000.0, low=1e-30), kind, scaling)
+    if (kind in KINDS and params.get("factor") is not None) or kind in ("linear", "dynamic", "llama3"):
+        fields.float("factor", low=1e-3)
+    fields.float(original, low=1)
     try:
         table = rope_table(rope, head_dim, 2, max_position_embeddings)
     except (ArithmeticError, ValueError):

@@ -64,7 +64,7 @@ def fit(
     Raises: ConfigError for settings or text that cannot do, CapacityError where disk or memory is too small, PackError
         where the bound cannot be kept; it says what can be reached.
     """
-    config = (config or FitConfig()).within(engine.config.max_position_embeddings)
+    config = (config or FitConfig()).within(engine.config.context)
     out = Path(out)
     if out.exists():
         raise ConfigError(f"{out}: is there already; name another folder, or remove it")
@@ -96,7 +96,7 @@ def fit(
 def needs(engine: Engine, config: FitConfig) -> dict[str, int]:
     """Disk and memory, in bytes, that `fit` takes besides the model: `disk`, `memory`."""
     c = engine.config
-    config = config.within(c.max_position_embeddings)
+    config = config.within(c.context)
     tokens = _collected_windows(config) * config.window
     judged = config.calibration_tokens * c.vocab_size * 2
     chunk = config.window * c.vocab_size * 4 * 3

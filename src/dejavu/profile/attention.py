@@ -73,7 +73,7 @@ class Sentence:
 def read_sentence(decoder: Decoder, ids: list[int], tokens: list[str]) -> Sentence:
     """Run a sentence through the model. Raises: ConfigError where it has too few tokens to tell heads apart, or more
     than the context."""
-    low, high = 2 * TOP_TOKENS, min(decoder.config.max_position_embeddings, 256)
+    low, high = 2 * TOP_TOKENS, min(decoder.config.context, 256)
     if not low <= len(ids) <= high:
         raise ConfigError(f"sentence must have {low} to {high} tokens, found {len(ids)}")
     cache = decoder.new_cache(1, len(ids))

@@ -61,6 +61,6 @@ class ProfileConfig:
         """Raises: ConfigError where a window does not fit into the model's context or into one forward pass."""
         from dejavu.model.decoder import PREFILL_CHUNK  # imports PyTorch, which the command line's --help does not need
 
-        limit = min(model.max_position_embeddings, PREFILL_CHUNK)
+        limit = min(model.context, PREFILL_CHUNK)
         if self.window > limit:
             raise ConfigError(f"window must be at most {limit} tokens for this model, found {self.window}")
