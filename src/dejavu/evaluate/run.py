@@ -126,10 +126,11 @@ class Evaluation:
         """
         started = perf_counter()
         method = {"path": path, "batch": batch}
+        requests = self._requests()  # the harness asks, and what cannot be answered is refused, before any work
         file = _open(output, overwrite)
         table = Scores(engines, path, batch, file, {**dict(identity or {}), **method, "settings": list(engines)})
         stage("scoring")
-        table.compute(self._requests(), progress)
+        table.compute(requests, progress)
         stage("tasks")
         result = {
             "schema_version": SCHEMA_VERSION,
@@ -143,7 +144,7 @@ class Evaluation:
             "scoring_seconds": {name: round(seconds, 2) for name, seconds in table.seconds.items()},
         }
         stage("speed")
-        result["decode"] = time_decode(engines, self._requests()) if speed else dict.fromkeys(engines, NOT_TIMED)
+        result["decode"] = time_decode(engines, requests) if speed else dict.fromkeys(engines, NOT_TIMED)
         result["seconds"] = round(perf_counter() - started, 1)
         if output is not None:
             write_json(output / RESULT_FILE, result)
@@ -244,8 +245,9 @@ class Evaluation:
 def time_decode(engines: Mapping[str, Engine], requests: Sequence[Request]) -> dict:
     """Median milliseconds and bytes of a decode step, settings in turns, after the longest request's beginning."""
     longest = max(requests, key=lambda r: r.length)
-    prompt = list(longest.ids[:TIMED_PROMPT])
-    room = next(iter(engines.values())).config.max_position_embeddings - len(prompt)
+    context = next(iter(engines.values())).config.max_position_embeddings
+    prompt = list(longest.ids[: max(1, min(TIMED_PROMPT, context - TIMED_TOKENS))])
+    room = context - len(prompt)
     runs: dict[str, list] = {name: [] for name in engines}
     for _ in range(TIMED_ROUNDS):
         for name, engine in engines.items():
