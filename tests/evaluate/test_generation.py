@@ -7,6 +7,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 
 from dejavu.errors import ConfigError
+from dejavu.evaluate import report
 from dejavu.evaluate.generation import DEFAULTS, checkpoint_defaults, sampling
 from dejavu.evaluate.harness import Collect, DejavuLM, FromScores
 from dejavu.evaluate.run import Evaluation
@@ -106,3 +107,17 @@ def test_the_model_of_the_harness_generates(harness):
     model = DejavuLM.create_from_arg_string("pretrained=opt-mini,dtype=fp32,mode=dense", {"batch_size": 1})
     task = {"seasons": generating(repetition_penalty=1.3)}
     assert harness([task["seasons"]], model)["seasons"] == harness([generating(repetition_penalty=1.3)])["seasons"]
+
+
+def test_a_task_that_only_generates_is_timed_and_drawn(base, data, tmp_path):
+    """It has no request to take a prompt from, and a metric of its own."""
+    job = Evaluation(base, ["pairs"], data_dir=data)
+    job.tasks = {"seasons": generating()}
+    settings = {"dense": base, "exact": base.with_mode("exact")}
+    result = job.run(settings, output=tmp_path)
+    assert all(decode["ms_per_token"] > 0 for decode in result["decode"].values())
+    result["tasks"]["seasons"]["metrics"] = {"chrf": result["tasks"]["seasons"]["metrics"]["exact_match"]}
+    assert {file.name for file in report.save_figure(result, tmp_path)} == {"compare.png", "compare.svg"}
+    assert report.tables(result)
+    result["tasks"]["seasons"]["metrics"] = {}
+    assert report.save_figure(result, tmp_path) == []

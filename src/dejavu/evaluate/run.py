@@ -204,7 +204,7 @@ class Evaluation:
                     if which and not metric.endswith("_stderr") and isinstance(value, (int, float)):
                         error = found["results"][name].get(f"{metric}_stderr,{which}")
                         row = task["metrics"].setdefault(metric, {})
-                        row[setting] = {"value": value, "stderr": error if isinstance(error, float) else None}
+                        row[setting] = {"value": _finite(value), "stderr": error if isinstance(error, float) else None}
         reference = next(iter(engines))
         for name, task in out.items():
             for metric, row in task["metrics"].items():
@@ -227,7 +227,7 @@ class Evaluation:
             for level, count in (("token", task.tokens), ("word", task.words), ("byte", task.bytes)):
                 weights = [n * count / task.tokens for n in tokens]
                 value, error = stats.perplexity(logprobs, weights)
-                row = {"value": value, "stderr": _finite(error)}
+                row = {"value": _finite(value), "stderr": _finite(error)}
                 if setting != settings[0]:
                     row |= {k: _finite(v) for k, v in stats.perplexity_ratio(logprobs, theirs, weights).items()}
                     row["relative"] = True
@@ -244,8 +244,10 @@ class Evaluation:
 
 def time_decode(engines: Mapping[str, Engine], requests: Sequence[Request]) -> dict:
     """Median milliseconds and bytes of a decode step, settings in turns, after the longest request's beginning."""
-    longest = max(requests, key=lambda r: r.length)
-    context = next(iter(engines.values())).config.max_position_embeddings
+    # Tasks that only generate have no request to take a prompt from.
+    first = next(iter(engines.values()))
+    context, nothing = first.config.max_position_embeddings, Request((first.tokenizer.prefix_id,) * 2, 1)
+    longest = max(requests, key=lambda r: r.length, default=nothing)
     prompt = list(longest.ids[: max(1, min(TIMED_PROMPT, context - TIMED_TOKENS))])
     room = context - len(prompt)
     runs: dict[str, list] = {name: [] for name in engines}
