@@ -288,4 +288,8 @@ def test_perplexities_beyond_numbers_are_told(model, profile, tmp_path, monkeypa
     monkeypatch.setattr(quality, "_loss", lambda decoder, ids, selector: 1e6 * len(ids))
     result = profile(load(model()))
     assert result["quality"]["dense"] is None
-    assert "Dense perplexity is inf" in (tmp_path / "out" / "profile.html").read_text()
+    assert 'id="quality"' not in (tmp_path / "out" / "profile.html").read_text()
+    calls = iter([1.0, *[1e6] * 999])
+    monkeypatch.setattr(quality, "_loss", lambda decoder, ids, selector: next(calls) * len(ids))
+    assert profile(load(model()), quality_tokens=32, overwrite=True)["quality"]["dense"] == pytest.approx(2.8, abs=0.1)
+    assert "the oracle has inf" in (tmp_path / "out" / "profile.html").read_text()

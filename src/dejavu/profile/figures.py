@@ -59,14 +59,13 @@ def oracle(r: dict) -> Figure:
 
 
 def quality(r: dict) -> Figure | None:
-    if r["quality"] is None:
+    if r["quality"] is None or r["quality"]["dense"] is None:
         return None
     figure, axes = _panels(2)
     for axis, part, title in zip(axes, ("mlp", "heads"), ("MLP neurons", "Attention heads"), strict=True):
         for policy, curve in r["quality"][part].items():
             axis.plot(*zip(*curve, strict=True), marker="o", ms=3, label=POLICY_NAMES[policy])
-        if r["quality"]["dense"] is not None:
-            axis.axhline(r["quality"]["dense"], color="black", ls="--", lw=1, label="dense")
+        axis.axhline(r["quality"]["dense"], color="black", ls="--", lw=1, label="dense")
         axis.set(title=title, xlabel="density (% of units kept)", ylabel="perplexity", xscale="log", yscale="log")
         shown = sorted({density for curve in r["quality"][part].values() for density, _ in curve})
         axis.set_xticks(shown, [f"{density:.3g}" for density in (100 * d for d in shown)])
