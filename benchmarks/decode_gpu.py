@@ -94,11 +94,8 @@ class Subject:
         c, d, device, new = self.config, self.decoder, self.args.device, self.args.new
         sparse = mode.startswith("sparse")
         lazy = sparse and self.lazy
-        selector = None
-        if sparse:
-            heads = c.num_attention_heads
-            selector = Watched(self._selector(mode), c.num_hidden_layers, heads, d)
         cache = d.new_cache(batch, max(prompts) + new + 8, self.selection.pending if lazy else None)
+        selector = Watched(self._selector(mode), d, cache) if sparse else None
         shapes.fill_noise([(cache.k, 1.0), (cache.v, 1.0)], self.args.seed)
         if lazy:
             shapes.fill_noise([(cache.hidden, 1.0)], self.args.seed)
@@ -111,6 +108,8 @@ class Subject:
         rows_read = torch.zeros(c.num_hidden_layers, 2, dtype=torch.int64, device=device)
 
         def step() -> None:
+            if sparse:
+                selector.start()
             logits = d.step(
                 ids, positions, cache, mode="sparse" if sparse else mode, selector=selector, rows_read=rows_read
             )
@@ -139,19 +138,25 @@ class Subject:
                 selector.reset()
             seconds = times(run, new, device)
             read = rows_read.cpu() / new
-            heads_read = selector.heads_read / new if sparse else None
+            attn_read = selector.attn_read / new if sparse else None
             parts = step_bytes(
                 c,
                 d.weights,
                 attended=prompt + new / 2,
                 batch=batch,
                 rows_read=read,
-                heads_read=heads_read,
-                lazy=lazy,
+                attn_read=attn_read,
             )
             if mode in ("sparse", "sparse, in line"):
                 parts["predictor"] = float(self.predictor.nbytes)
-            yield prompt, {**percentiles_ms(seconds), "bytes_per_token": parts, **self._densities(read, heads_read)}
+            yield (
+                prompt,
+                {
+                    **percentiles_ms(seconds),
+                    "bytes_per_token": parts,
+                    **self._densities(read, None if attn_read is None else attn_read[0]),
+                },
+            )
 
     def _densities(self, read: torch.Tensor, heads: torch.Tensor | None) -> dict[str, float]:
         inter, every = self.config.intermediate_size, self.config.num_attention_heads

@@ -19,18 +19,20 @@ import dejavu
 from dejavu.bench import record
 from dejavu.bench.decode import common_prefix, greedy
 from dejavu.bench.peers.hugging_face import HuggingFace, load_hugging_face
-from dejavu.checkpoint.source import open_checkpoint
+from dejavu.checkpoint.source import BUNDLED, open_checkpoint
 from dejavu.errors import ConfigError, DejavuError
 
 RESULTS = Path(__file__).parent / "results" / "greedy_equality.jsonl"
+# The bundled model by its name; the other is a folder of --models-dir.
 MODELS = ("opt-mini", "relu-llama-mini")
 BOUNDARY = "\n<|endoftext|>\n"
 
 
-def compare(model: Path, texts: list[str], prompt: int, new: int, threads: int, backend: str) -> dict:
+def compare(model: str, texts: list[str], prompt: int, new: int, threads: int, backend: str) -> dict:
     """Write `new` tokens after the first `prompt` tokens of every text, three ways; returns the fields of a record."""
+    checkpoint = open_checkpoint(model)
     dense = dejavu.load(model, dtype="fp32", mode="dense", threads=threads, backend=backend)
-    exact, theirs = dense.with_mode("exact"), HuggingFace(load_hugging_face(model, torch.float32))
+    exact, theirs = dense.with_mode("exact"), HuggingFace(load_hugging_face(checkpoint.path, torch.float32))
     same: dict[str, list[int]] = {"dense, Hugging Face": [], "exact, dense": []}
     for text in texts:
         ids = dense.tokenizer.encode(text)[:prompt]
@@ -39,13 +41,12 @@ def compare(model: Path, texts: list[str], prompt: int, new: int, threads: int, 
         )
         same["dense, Hugging Face"].append(common_prefix(ours, greedy(theirs, ids, new)))
         same["exact, dense"].append(common_prefix(skipping, ours))
-    checkpoint = open_checkpoint(model)
     about = {"model": checkpoint.name, "model_hash": checkpoint.hash, "dtype": "fp32", "batch": 1}
     return about | {"prompt": prompt, "new_tokens": new, "prompts": len(texts), "same_tokens": same}
 
 
 def main(
-    models_dir: Annotated[Path, typer.Option(help=f"Holds the folders {' and '.join(MODELS)}.")],
+    models_dir: Annotated[Path, typer.Option(help=f"Holds the folders {' and '.join(MODELS[1:])}.")],
     text: Annotated[Path, typer.Option(help="A text file to take prompts from.")],
     prompts: Annotated[int, typer.Option(min=1, help="How many.")] = 20,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 16,
@@ -60,7 +61,7 @@ def main(
         if len(texts) < prompts:
             raise ConfigError(f"{text}: holds {len(texts)} documents, and {prompts} prompts were asked for")
         for name in MODELS:
-            fields = compare(models_dir / name, texts, prompt, new, threads, backend)
+            fields = compare(name if name == BUNDLED else str(models_dir / name), texts, prompt, new, threads, backend)
             record.append(results, benchmark="greedy_equality", threads=threads, **fields)
             for pair, counts in fields["same_tokens"].items():
                 equal = sum(count == new for count in counts)

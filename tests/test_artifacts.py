@@ -1,11 +1,15 @@
 """Files are whole or absent, and reading says clearly what is wrong."""
 
 import errno
+import json
+import math
 import os
+from pathlib import Path
 
 import pytest
 
-from dejavu.artifacts import atomic_write, read_json, write_json
+import dejavu
+from dejavu.artifacts import atomic_write, read_json, to_json, write_json
 from dejavu.errors import CheckpointError, ConfigError
 
 
@@ -43,8 +47,8 @@ def test_nothing_appears_before_the_end(tmp_path):
 
 
 def test_an_object_that_json_cannot_hold_touches_nothing(tmp_path):
-    with pytest.raises(ValueError):
-        write_json(tmp_path / "a.json", {"loss": float("nan")})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"loss": object()})
     assert os.listdir(tmp_path) == []
 
 
@@ -56,6 +60,24 @@ def test_an_unwritable_target_is_one_clear_error(tmp_path, target):
         write_json(tmp_path / target, {})
     assert str(tmp_path / target) in str(error.value) and "\n" not in str(error.value)
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+def test_json_holds_no_number_that_strict_parsers_refuse(tmp_path):
+    data = {"a": [1.5, math.nan, (math.inf, {"b": -math.inf})], "c": "NaN", "d": True, "e": 3}
+    plain = {"a": [1.5, None, [None, {"b": None}]], "c": "NaN", "d": True, "e": 3}
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    assert json.loads(to_json(data), parse_constant=refuse) == plain
+    write_json(tmp_path / "x.json", data)
+    assert json.loads((tmp_path / "x.json").read_text(), parse_constant=refuse) == plain
+
+
+def test_every_verb_prints_json_by_the_one_way():
+    """A bare json.dumps lets NaN through."""
+    folder = Path(dejavu.__file__).parent / "cli"
+    assert [file.name for file in folder.glob("*.py") if "json.dumps" in file.read_text()] == []
 
 
 def test_devices_and_links_survive(tmp_path):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 from dejavu.errors import ConfigError, DejavuError
 
@@ -43,9 +44,25 @@ def atomic_write(path: str | os.PathLike, mode: Literal["w", "wb"] = "w") -> Ite
             temporary.unlink()
 
 
+def to_json(data: Any, **how: Any) -> str:
+    """JSON that every parser reads: a number that is not finite, for which JSON has no word, is null.
+
+    how: as json.dumps takes it.
+    """
+    return json.dumps(_finite(data), allow_nan=False, **how)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    return [_finite(value) for value in data] if isinstance(data, (list, tuple)) else data
+
+
 def write_json(path: str | os.PathLike, data: dict) -> None:
-    """Write an object as indented JSON, atomically. Raises: ConfigError as atomic_write does."""
-    text = json.dumps(data, indent=2, allow_nan=False)
+    """Write an object as indented JSON (`to_json`), atomically. Raises: ConfigError as atomic_write does."""
+    text = to_json(data, indent=2)
     with atomic_write(path) as file:
         file.write(text + "\n")
 

@@ -67,6 +67,28 @@ def test_a_run_measures_densities_bytes_and_ratios(subject, monkeypatch, memory_
     assert len(report.tables(fields, subject.title)) == 4
 
 
+@pytest.mark.parametrize("memory_share", [0.8, 0.0], ids=["side by side", "one at a time"])
+@pytest.mark.parametrize("when", ["build", "run"])
+def test_a_peer_that_dies_is_a_line_in_the_table(subject, fake_peers, monkeypatch, memory_share, when, tmp_path):
+    from dataclasses import replace
+
+    monkeypatch.setattr(bench, "MEMORY_SHARE", memory_share)
+    config = subject.source.config | {"die": {when: "SIGSEGV"}}
+    dying = replace(subject, source=replace(subject.source, config=config))
+    saved = []
+    fields = measure(dying, backend("cpu"), [Setting(prompt=4)], [PeerRun("fake", "bf16", 4)], new_tokens=2, repeat=2,
+                     threads=1, save=saved.append)  # fmt: skip
+    ours, theirs = fields["results"].values()
+    assert theirs == {
+        "peer": "fake", "weights_format": "bf16", "batch": 1, "prompt": 4, "died": "died: signal 11 (SIGSEGV)"
+    }  # fmt: skip
+    assert ours["p50_ms"] > 0 and ours["times_peer"] == {}
+    assert [s["repeat"] for s in saved] == [1, 2] and saved[-1] == fields
+    table = report.tables(fields, "tiny")[0]
+    assert list(table.columns[1].cells)[1] == "died: signal 11 (SIGSEGV)"
+    report.save(report.figures(fields, "tiny"), tmp_path)
+
+
 def test_each_density_is_a_point_beside_the_limit(subject):
     chosen = [Setting("sparse", SelectionConfig("static", d, crossover=False), prompt=4) for d in (0.1, 0.5, 1.0)]
     fields = measure(subject, backend("cpu"), chosen, new_tokens=2, repeat=1)

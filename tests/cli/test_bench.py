@@ -78,11 +78,45 @@ def test_bad_input_is_one_line(args, message):
     assert message in done.stderr
 
 
-def test_ctrl_c_writes_nothing(monkeypatch, tmp_path):
+def test_ctrl_c_writes_no_record(monkeypatch, tmp_path):
     def stop(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bench, "decode_times", stop)
     done = run(*SHORT, "--peers", "none", "-o", str(tmp_path / "out"))
     assert done.exit_code != 0
-    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out" / "bench.jsonl").read_text() == ""
+
+
+def test_rounds_are_kept_as_they_are_made(monkeypatch, tmp_path):
+    """What ends the whole process, a kill say, leaves the rounds before it."""
+    rounds, real = [], bench.decode_times
+
+    def decode_times(*args):
+        rounds.append(1)
+        if len(rounds) == 4:  # one is warm-up
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(bench, "decode_times", decode_times)
+    args = ("--new-tokens", "2", "--repeat", "9", "--threads", "1", "--prompt", "4", "--mode", "dense")
+    assert run("--shape", "tiny", *args, "--peers", "none", "-o", str(tmp_path)).exit_code != 0
+    kept = json.loads((tmp_path / "bench.partial.json").read_text())
+    assert kept["repeat"] == 2 and kept["results"]["dense bf16 B1 P4"]["p50_ms"] > 0
+    monkeypatch.setattr(bench, "decode_times", real)
+    assert run("--shape", "tiny", *SHORT, "--peers", "none", "-o", str(tmp_path)).exit_code == 0
+    assert not (tmp_path / "bench.partial.json").exists()
+
+
+@pytest.mark.parametrize("args", [("--weights", "int8"), ("--backend", "reference"), ("--new-tokens", "1")], ids=str)
+def test_the_overhead_does_not_end_a_run_that_was_measured(args):
+    done = run(*SHORT, "--peers", "none", "--mode", "dense", *args, "--json")
+    assert done.exit_code == 0, done.output
+    assert ("overhead_share" in json.loads(done.stdout)) == ("reference" not in args)
+
+
+def test_a_folder_that_cannot_hold_the_record_is_refused_first(monkeypatch, tmp_path):
+    (tmp_path / "bench.jsonl").mkdir()
+    monkeypatch.setattr(bench, "decode_times", lambda *args: pytest.fail("measured"))
+    done = run(*SHORT, "--peers", "none", "-o", str(tmp_path))
+    assert (done.exit_code, done.stdout) == (1, "") and "cannot be written" in done.stderr

@@ -1,11 +1,17 @@
 """The bytes of a step against the memory that the weights take."""
 
+import json
+
 import pytest
 import torch
 
+import dejavu
 from dejavu.checkpoint.layout import allocate
 from dejavu.config import ModelConfig
 from dejavu.engine.bytes import PARTS, step_bytes
+from dejavu.engine.step import DecodeStep
+from dejavu.kernels import reference
+from dejavu.selection import make_selector
 
 CONFIG = {
     "model_type": "opt", "vocab_size": 101, "hidden_size": 24, "intermediate_size": 50, "num_hidden_layers": 3,
@@ -57,3 +63,92 @@ def test_a_batch_shares_the_weights_but_not_the_cache():
     assert {k: four[k] / one[k] for k in PARTS} == {
         "embedding": 4, "attention": 1, "mlp_in": 1, "mlp_out": 1, "predictor": 1, "lm_head": 1, "kv": 4
     }  # fmt: skip
+
+
+class Counted:
+    """The reference backend, and the bytes that attention really touches: every block and cache row once a call."""
+
+    def __init__(self, monkeypatch):
+        self.weights = self.cache = 0
+        self._seen: set[int] = set()
+        dense, attn_qkv, attend, attn_out = (getattr(reference, n) for n in ("dense", "attn_qkv", "attend", "attn_out"))
+
+        def count_dense(weight):
+            if weight.data_ptr() not in self._seen:
+                self._seen.add(weight.data_ptr())
+                self.weights += weight.nbytes
+            return dense(weight)
+
+        def count_attn_qkv(*args, **more):
+            monkeypatch.setattr(reference, "dense", count_dense)
+            try:
+                return attn_qkv(*args, **more)
+            finally:
+                monkeypatch.setattr(reference, "dense", dense)
+                self._seen.clear()
+
+        def count_attend(q, k_cache, v_cache, positions, heads=None, *, window=None, **more):
+            H, (B, G, _, D) = q.shape[1], k_cache.shape
+            chosen = range(H) if heads is None else heads[0][: int(heads[1])].tolist()
+            for b in range(B):
+                rows = min(int(positions[b]) + 1, window or 1 << 30)
+                self.cache += 2 * rows * D * k_cache.itemsize * len({h * G // H for h in chosen})
+            return attend(q, k_cache, v_cache, positions, heads, window=window, **more)
+
+        def count_attn_out(o, blocks, heads=None):
+            self.weights += (o.shape[1] if heads is None else int(heads[1])) * blocks[0, 0].nbytes
+            return attn_out(o, blocks, heads)
+
+        for name, op in (("attn_qkv", count_attn_qkv), ("attend", count_attend), ("attn_out", count_attn_out)):
+            monkeypatch.setattr(reference, name, op)
+
+
+@pytest.mark.parametrize("kv", ["lazy", "full"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"sliding_window": 5}, {"num_key_value_heads": 6}, {"num_key_value_heads": 1}]
+)
+@pytest.mark.parametrize("prompts", [[[1, 2, 3]], [[1, 2, 3], [4, 5, 6, 7, 8]]], ids=["one", "batch"])
+def test_attention_reads_what_is_told(tiny_checkpoint, monkeypatch, settings, prompts, kv):
+    """Grouped heads share keys and values: a group's are read whole when one of its heads is selected."""
+    folder = tiny_checkpoint("llama", **settings)
+    if "sliding_window" in settings:  # Mistral's tensors have Llama's names
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "mistral"}))
+    selection = dejavu.SelectionConfig("random", attn_density=0.34, kv=kv, pending=3, seed=1, crossover=False)
+    how = {"max_new_tokens": 12, "ignore_eos": True}
+    native, plain = (dejavu.load(folder, selection=selection, backend=b, dtype="fp32") for b in ("cpu", "reference"))
+    told = native.generate(prompts, **how)[0].stats.step_bytes
+    counted, steps = Counted(monkeypatch), how["max_new_tokens"] - 1
+    again = plain.generate(prompts, **how)[0].stats.step_bytes
+    assert told == pytest.approx(again)
+    norms = sum(layer.attn_norm.weight.nbytes for layer in plain.decoder.weights.layers)
+    assert told["attention"] == pytest.approx(counted.weights / steps + norms)
+    # Told is the mean of tokens times the mean of groups, over a few steps of growing length.
+    assert told["kv"] == pytest.approx(counted.cache / steps, rel=0.02)
+    H, G = plain.config.num_attention_heads, plain.config.num_key_value_heads
+    blocks = sum(layer.attn.blocks.nbytes for layer in plain.decoder.weights.layers)
+    if 1 < H // G < H:  # by heads alone a third would have been told
+        assert told["attention"] > 0.4 * blocks
+
+
+def test_groups_are_counted_alike_on_a_gpu(tiny_checkpoint, monkeypatch):
+    """There the counts are tensor ops inside the step; the same ops on a CPU give what the host counts."""
+    folder = tiny_checkpoint("llama", num_hidden_layers=3)
+    selection = dejavu.SelectionConfig("random", 0.5, (0.34, 1.0, 0.17), kv="lazy", pending=3, crossover=False)
+    engine = dejavu.load(folder, selection=selection, backend="reference", dtype="fp32")
+    counts = []
+    for in_step in (False, True):
+        selector = make_selector(selection, engine.config, engine.decoder.weights, engine.decoder.ops)
+        step = DecodeStep(engine.decoder, 2, 32, "sparse", selector, 3)
+        step._selector.in_step = in_step
+        for row in (0, 1):
+            step.prefill(row, [1, 2, 3 + row])
+        step.restart()
+        for token in range(5, 20):
+            step.feed(0, token)
+            step.feed(1, token + 20)
+            step.run()
+        counts.append(step.attn_read)
+    assert torch.equal(*counts)
+    assert counts[0][0].tolist() == [15 * 3, 15 * 6, 15 * 2] and counts[0][1, 1] == counts[0][2, 1] == 15 * 3
+    assert (counts[0][2] >= counts[0][1]).all()  # what is attended to is projected, and full rings beside

@@ -8,9 +8,11 @@ import pytest
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from dejavu.config import SelectionConfig
-from dejavu.errors import ConfigError
-from dejavu.evaluate import stats
+from dejavu.engine.scoring import Scorer
+from dejavu.errors import ConfigError, DejavuError
+from dejavu.evaluate import report, stats
 from dejavu.evaluate.perplexity import text_task, windows
+from dejavu.evaluate.run import Evaluation
 from dejavu.evaluate.settings import Setting, parse_setting
 from dejavu.evaluate.tasks import FORMATS, local_names, read_local, resolve
 
@@ -159,3 +161,30 @@ def test_perplexity_and_its_ratio():
     assert math.isinf(stats.perplexity([-2.0], [1])[1])
     single = stats.perplexity_ratio([-2.2], [-2.0], [1])
     assert single["low"] == -math.inf and single["high"] == math.inf
+
+
+def test_numbers_that_are_too_large_and_words_that_are_none():
+    """A text without spaces is one word, whose perplexity no float holds."""
+    assert stats.perplexity([-3000.0, -2000.0], [1, 0]) == (math.inf, math.inf)
+    assert stats.perplexity([-1.0], [0]) == (math.inf, math.inf)
+    assert stats.perplexity([-709.0, -709.0], [1, 1])[0] == pytest.approx(math.exp(709))
+    assert stats.perplexity_ratio([-1.0], [-2.0], [0]) == {"difference": math.inf, "low": -math.inf, "high": math.inf}
+    assert stats.perplexity_ratio([-3000.0, -1.0], [-1.0, -2.0], [1, 1])["difference"] == math.inf
+
+
+def test_a_text_of_one_word_has_a_report(base, tmp_path):
+    (tmp_path / "one.txt").write_text("abcdefgh" * 200)
+    result = Evaluation(base, texts=[str(tmp_path / "one.txt")]).run({"a": base, "b": base}, speed=False)
+    metrics = result["tasks"]["one"]["metrics"]
+    assert metrics["word_perplexity"]["a"]["value"] is None and metrics["byte_perplexity"]["a"]["value"] > 1
+    assert report.tables(result) and report.save_figure(result, tmp_path)
+
+
+def test_scores_that_are_no_numbers_are_an_error(base, tmp_path, monkeypatch):
+    logits = Scorer.logits
+    monkeypatch.setattr(Scorer, "logits", lambda *args: [x * math.nan for x in logits(*args)])
+    (tmp_path / "a.txt").write_text("The river rises in the hills.")
+    job = Evaluation(base, texts=[str(tmp_path / "a.txt")])
+    with pytest.raises(DejavuError, match=r"broken setting: .*not finite"):
+        job.run({"broken setting": base}, output=tmp_path / "out")
+    assert len((tmp_path / "out" / "scores.jsonl").read_text().splitlines()) == 1

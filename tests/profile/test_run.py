@@ -6,9 +6,12 @@ import re
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import dejavu
+from dejavu.cli.main import app
 from dejavu.errors import ConfigError
+from dejavu.kernels.quantized import dense
 from dejavu.model.hooks import Hooks
 from dejavu.profile import quality, run
 from dejavu.profile.attention import AttentionMaps
@@ -245,3 +248,48 @@ def test_bad_input_is_one_clear_error(model, profile, tmp_path):
 def test_settings_are_checked(message, wrong):
     with pytest.raises(ConfigError, match=message):
         ProfileConfig(**wrong)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_a_quantised_folder_is_profiled_as_its_weights_are(model, profile, undrawn, tmp_path, weights):
+    plain = model("llama", hidden_size=96, num_hidden_layers=1)
+    runner = CliRunner()
+    assert runner.invoke(app, ["quantize", str(plain), str(tmp_path / "q"), "--weights", weights]).exit_code == 0
+    engine = load(tmp_path / "q")
+    assert engine.quantization is not None
+    result = profile(engine)
+    # The same numbers as those of a plain model that has the quantised weights' values.
+    for layer in engine.decoder.weights.layers:
+        for block, name in ((layer.attn, "blocks"), (layer.mlp, "rows")):
+            object.__setattr__(block, name, dense(getattr(block, name)))
+    expected = profile(engine, out="plain")
+    for key in ("oracle", "firing", "mlp_sets", "states", "attention", "quality"):
+        assert close(result[key], expected[key]), key
+
+
+def close(a, b) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(close(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(close, a, b))
+    return a == b if not isinstance(a, float) else a == pytest.approx(b, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "model_type, overrides", [("opt", {"num_attention_heads": 1}), ("llama", {"hidden_act": "silu"})]
+)
+def test_a_model_of_one_layer_has_a_page(model, profile, tmp_path, model_type, overrides):
+    profile(load(model(model_type, num_hidden_layers=1, **overrides)))
+    page = (tmp_path / "out" / "profile.html").read_text()
+    assert 'id="oracle_density"' in page and 'id="similarity"' not in page
+
+
+def test_perplexities_beyond_numbers_are_told(model, profile, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "_loss", lambda decoder, ids, selector: 1e6 * len(ids))
+    result = profile(load(model()))
+    assert result["quality"]["dense"] is None
+    assert 'id="quality"' not in (tmp_path / "out" / "profile.html").read_text()
+    calls = iter([1.0, *[1e6] * 999])
+    monkeypatch.setattr(quality, "_loss", lambda decoder, ids, selector: next(calls) * len(ids))
+    assert profile(load(model()), quality_tokens=32, overwrite=True)["quality"]["dense"] == pytest.approx(2.8, abs=0.1)
+    assert "the oracle has inf" in (tmp_path / "out" / "profile.html").read_text()

@@ -52,7 +52,7 @@ class Dejavu:
         pending: int | None = None,
         crossover: bool = False,
     ):
-        self._decoder, self._batch, self._lazy = decoder, batch, pending is not None
+        self._decoder, self._batch = decoder, batch
         costs = None
         if crossover and batch > 1 and selector is not None and can_capture(decoder, selector):
             costs = measure_costs(decoder, batch, pending, selector)
@@ -69,7 +69,8 @@ class Dejavu:
         self._feed([token] if isinstance(token, int) else token)
         self._chosen = [self._choose(logits)[0] for logits in self._step.run()]
         self._steps += 1
-        self._attended += sum(self._step.lengths) / self._batch
+        window = self._decoder.config.sliding_window or self._step.cache.capacity
+        self._attended += sum(min(n, window) for n in self._step.lengths) / self._batch
         return self._chosen[0] if isinstance(token, int) else self._chosen
 
     def _feed(self, tokens: Sequence[int]) -> None:
@@ -84,8 +85,7 @@ class Dejavu:
             attended=self._attended / self._steps,
             batch=self._batch,
             rows_read=self._step.rows_read / self._steps,
-            heads_read=self._step.heads_read / self._steps,
-            lazy=self._lazy,
+            attn_read=self._step.attn_read / self._steps,
             predictor_bytes=self._step.predictor_bytes,
         )
 

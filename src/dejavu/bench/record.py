@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from dejavu.artifacts import to_json
 from dejavu.device import hardware
 
 PACKAGES = ("dejavu", "torch", "transformers", "triton", "numpy", "ctranslate2", "openvino", "llama-cpp-python")
@@ -32,7 +32,7 @@ def append(path: Path, **fields: Any) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **_versions()},
         **fields,
     }
-    line = json.dumps(record, allow_nan=False) + "\n"
+    line = to_json(record) + "\n"
     with open(path, "a", encoding="utf-8") as file:
         file.write(line)
     return record

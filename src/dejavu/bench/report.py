@@ -18,7 +18,7 @@ def tables(fields: dict[str, Any], title: str) -> list[Table]:
 
     results = fields["results"]
     ours = {name: r for name, r in results.items() if "bytes_per_token" in r}
-    peers = {name: r for name, r in results.items() if "peer" in r}
+    peers = {name: r for name, r in results.items() if "peer" in r and "died" not in r}
 
     def table(title: str, *columns: str) -> Table:
         out = Table(title=title)
@@ -32,6 +32,9 @@ def tables(fields: dict[str, Any], title: str) -> list[Table]:
         *("", "ms p20", "p50", "p80", "tok/s", "GB/step", "of bandwidth", "selecting", "MLP", "heads", "whole"),
     )
     for name, r in results.items():
+        if "died" in r:
+            times.add_row(name, r["died"])
+            continue
         cells = [f"{r[p]:.3g}" for p in ("p20_ms", "p50_ms", "p80_ms")] + [f"{r['tok_per_s']:.2f}"]
         if name in ours:
             cells.append(f"{sum(r['bytes_per_token'].values()) / 1e9:.3f}")
@@ -63,7 +66,8 @@ def tables(fields: dict[str, Any], title: str) -> list[Table]:
 
 def figures(fields: dict[str, Any], title: str) -> dict[str, Figure]:
     """By name: "times" always; "density" and "batch" where ours ran at two or more of them."""
-    limit, results = fields["read_bandwidth_bytes_per_s"], fields["results"]
+    limit = fields["read_bandwidth_bytes_per_s"]
+    results = {name: r for name, r in fields["results"].items() if "died" not in r}
     made = {"times": _bars(results, title)}
     sparse = [r for r in results.values() if r.get("mode") == "sparse"]
     for name, key, label in (("density", "mlp_density", "MLP density measured"), ("batch", "batch", "batch")):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from dejavu.bench.bandwidth import read_bandwidth
 from dejavu.bench.decode import PROFILED, Dejavu, decode_times, random_prompt
 from dejavu.bench.peers import peer as find_peer
+from dejavu.bench.peers.process import PeerDied, PeerProcess
 from dejavu.bench.settings import Setting, Subject
 from dejavu.bench.timing import Run, interleave, percentiles_ms
 from dejavu.device import default_threads, free_memory
@@ -45,6 +46,8 @@ class PeerRun(NamedTuple):
 
 # Called before each run: its name, how many runs are done, and how many there are.
 Progress = Callable[[str, int, int], None]
+# Called after each round with the fields of a record so far.
+Save = Callable[[dict[str, Any]], None]
 
 
 def measure(
@@ -58,8 +61,11 @@ def measure(
     threads: int | None = None,
     work: str | PathLike | None = None,
     progress: Progress | None = None,
+    save: Save | None = None,
 ) -> dict[str, Any]:
     """Time every setting and peer, interleaved; what does not fit into memory together is built anew each round.
+
+    Peers run in processes of their own. One that dies has a result that says so under "died", and the others go on.
 
     Args:
         ops: the kernel backend of the subject; its threads and PyTorch's are the caller's to set.
@@ -76,7 +82,7 @@ def measure(
         Setting("dense", None, prompt=other.prompt).check(subject.config, new_tokens + SKIP)
     with tempfile.TemporaryDirectory() if work is None else nullcontext(work) as folder:
         bench = _Bench(subject, ops, new_tokens, threads or default_threads(), folder)
-        return bench.run(settings, peers, repeat, progress)
+        return bench.run(settings, peers, repeat, progress, save)
 
 
 class _Bench:
@@ -86,7 +92,12 @@ class _Bench:
         self._facts: dict[str, dict[str, Any]] = {}  # by run: what it says of itself, beside times
 
     def run(
-        self, settings: Sequence[Setting], peers: Sequence[PeerRun], repeat: int, progress: Progress | None
+        self,
+        settings: Sequence[Setting],
+        peers: Sequence[PeerRun],
+        repeat: int,
+        progress: Progress | None,
+        save: Save | None,
     ) -> dict[str, Any]:
         formats = dict.fromkeys(setting.weights for setting in settings)
         builds = [self._bandwidth]
@@ -97,28 +108,38 @@ class _Bench:
         keep = held < MEMORY_SHARE * free_memory()
         warmup = 1 if keep else 0
         total, done = (repeat + warmup) * (1 + len(settings) + len(peers)), iter(range(1 << 30))
+
+        def fields(times: dict[str, list[float]], rounds: int) -> dict[str, Any]:
+            limit = 1e3 / percentiles_ms(times[_PASS])["p50_ms"]
+            return {
+                **self._subject.about,
+                "new_tokens": self._new,
+                "repeat": rounds,
+                "threads": self._threads,
+                "side_by_side": keep,
+                "read_bandwidth_bytes_per_s": limit,
+                "results": self._results({n: s for n, s in times.items() if n != _PASS}, limit),
+            }
+
         times = interleave(
             builds,
             repeat,
             warmup=warmup,
             keep=keep,
             progress=None if progress is None else lambda name, number: progress(name, next(done), total),
+            finished=None if save is None else lambda times, rounds: save(fields(times, rounds)),
         )
-        limit = 1e3 / percentiles_ms(times.pop(_PASS))["p50_ms"]
-        return {
-            **self._subject.about,
-            "new_tokens": self._new,
-            "repeat": repeat,
-            "threads": self._threads,
-            "side_by_side": keep,
-            "read_bandwidth_bytes_per_s": limit,
-            "results": self._results(times, settings, limit),
-        }
+        return fields(times, repeat)
 
-    def _results(self, times: dict[str, list[float]], settings: Sequence[Setting], limit: float) -> dict[str, Any]:
-        results = {name: self._facts[name] | percentiles_ms(seconds) for name, seconds in times.items()}
-        peers = {name: r for name, r in results.items() if "peer" in r}
+    def _results(self, times: dict[str, list[float]], limit: float) -> dict[str, Any]:
+        results = {name: dict(self._facts[name]) for name in times}
+        for name, r in results.items():
+            if "died" not in r:  # of one that died some rounds are no measurement
+                r |= percentiles_ms(times[name])
+        peers = {name: r for name, r in results.items() if "peer" in r and "died" not in r}
         for r in results.values():
+            if "died" in r:
+                continue
             r["tok_per_s"] = r["batch"] * 1e3 / r["p50_ms"]
             if "bytes_per_token" in r:
                 r["bandwidth_share"] = sum(r["bytes_per_token"].values()) * 1e3 / r["p50_ms"] / limit
@@ -180,13 +201,33 @@ class _Bench:
         return seconds
 
     def _peer(self, run: PeerRun) -> dict[str, Run]:
-        capacity = run.prompt + SKIP + self._new
-        other = find_peer(run.peer).build(
-            self._subject.source, run.weights, capacity=capacity, threads=self._threads, work=self._folder
-        )
+        facts = {"peer": run.peer, "weights_format": run.weights, "batch": 1, "prompt": run.prompt}
+        facts = self._facts.setdefault(run.name, facts)
         prompt = random_prompt(self._subject.config.vocab_size, run.prompt, 0)
-        self._facts[run.name] = {"peer": run.peer, "weights_format": run.weights, "batch": 1, "prompt": run.prompt}
-        return {run.name: lambda: decode_times(other, prompt, self._new, SKIP)}
+        process: PeerProcess | None = None
+        if "died" not in facts:
+            try:
+                process = PeerProcess(
+                    find_peer(run.peer),
+                    self._subject.source,
+                    run.weights,
+                    capacity=run.prompt + SKIP + self._new,
+                    threads=self._threads,
+                    work=self._folder,
+                )
+            except PeerDied as error:
+                facts["died"] = str(error)
+
+        def seconds() -> list[float]:
+            if "died" in facts:
+                return []
+            try:
+                return process.run(prompt, self._new, SKIP)
+            except PeerDied as error:
+                facts["died"] = str(error)
+                return []
+
+        return {run.name: seconds}
 
 
 class _Clock:

@@ -11,10 +11,17 @@ import numpy as np
 Run = Callable[[], Sequence[float]]
 Build = Callable[[], dict[str, Run]]
 Progress = Callable[[str, int], None]
+Finished = Callable[[dict[str, list[float]], int], None]
 
 
 def interleave(
-    builds: Sequence[Build], repeat: int, *, warmup: int = 1, keep: bool = True, progress: Progress | None = None
+    builds: Sequence[Build],
+    repeat: int,
+    *,
+    warmup: int = 1,
+    keep: bool = True,
+    progress: Progress | None = None,
+    finished: Finished | None = None,
 ) -> dict[str, list[float]]:
     """Run everything once a round, in order, for `repeat` rounds: A B A B ...
 
@@ -25,6 +32,7 @@ def interleave(
         keep: prepare once and hold everything in memory. False: prepare, run and free one after the other in
             every round, for things that don't fit side by side.
         progress: called with the name of a run and its round, from 0, before it starts; warm-up is negative.
+        finished: called after each round that counts with the times so far, and the number of such rounds.
     Returns: for each run, the seconds of all units of all rounds, in order.
     """
     times: dict[str, list[float]] = defaultdict(list)
@@ -43,6 +51,8 @@ def interleave(
             measure(prepared[i] if keep else build(), number)
             if not keep:
                 gc.collect()  # a model with reference cycles would otherwise still fill the memory of the next
+        if finished is not None and number >= 0:
+            finished(dict(times), number + 1)
     return dict(times)
 
 

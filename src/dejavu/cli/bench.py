@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from dejavu.artifacts import to_json, write_json
 from dejavu.cli.options import Backend, Json, Threads
 from dejavu.config import SelectionConfig
 from dejavu.errors import ConfigError
@@ -45,7 +45,14 @@ def bench(
     peers: Annotated[list[str] | None, typer.Option(help="Peers by name, or none. [default: all installed]")] = None,
     peer_weights: Annotated[list[str] | None, typer.Option(help="Formats of theirs. [default: as ours]")] = None,
     work: Annotated[Path | None, typer.Option(help="Keep the peers' converted models in this folder.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="A folder for figures and bench.jsonl.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="A folder for figures and bench.jsonl; bench.partial.json there holds the rounds so far.",
+        ),
+    ] = None,
     activity: Annotated[
         float | None,
         typer.Option(help="Of random weights: the share of neurons that fire. [default: 0.999 with sparse, else 0.1]"),
@@ -91,26 +98,43 @@ def bench(
     formats, prompts = weights or [dtype], prompt or [128]
     chosen = settings.grid(modes, selections, formats, batch or [1], prompts, random_predictor=predicted)
     others = _peer_runs(peers, peer_weights or formats, prompts, subject.source.config)
-    if output is not None and output.exists() and not output.is_dir():
-        raise ConfigError(f"{output}: is not a folder; choose another place")
+    partial = None
+    if output is not None:
+        partial = output / "bench.partial.json"
+        _open(output, partial)
 
     err = Console(stderr=True)
     with _Bar(err) as bar:
         fields = measure(
-            subject, ops, chosen, others, new_tokens=new_tokens, repeat=repeat, threads=threads, work=work, progress=bar
+            subject,
+            ops,
+            chosen,
+            others,
+            new_tokens=new_tokens,
+            repeat=repeat,
+            threads=threads,
+            work=work,
+            progress=bar,
+            save=None if partial is None else lambda fields: write_json(partial, fields),
         )
     fields = {"backend": ops.name, **fields}
-    if not shape:
-        engine = Engine.load(model or BUNDLED, dtype=formats[0], threads=threads, backend=backend)
+    for name, r in fields["results"].items():
+        if "died" in r:
+            typer.echo(f"{name}: {r['died']}", err=True)
+    if not shape and ops.can_record:
+        plain = formats[0] in ("bf16", "fp32")
+        how = {"dtype": formats[0]} if plain else {"weights": formats[0], "quantize_embeddings": True}
+        engine = Engine.load(model or BUNDLED, threads=threads, backend=backend, **how)
         ids = [engine.config.bos_token_id or 0] * min(prompts)
-        fields["overhead_share"] = overhead_share(engine, ids, new_tokens)
+        fields["overhead_share"] = overhead_share(engine, ids, max(2, new_tokens))  # the prompt gives the first token
     if output is not None:
+        fields = record.append(output / "bench.jsonl", benchmark="bench", **fields)
+        partial.unlink(missing_ok=True)
         title = f"{subject.title}, {fields['threads']} threads"
         files = report.save(report.figures(fields, title), output)
-        fields = record.append(output / "bench.jsonl", benchmark="bench", **fields)
         err.print(f"wrote {', '.join(str(file) for file in [*files, output / 'bench.jsonl'])}", highlight=False)
     if as_json:
-        typer.echo(json.dumps(fields))
+        typer.echo(to_json(fields))
         return
     out = Console()
     if not out.is_terminal:
@@ -119,6 +143,19 @@ def bench(
         out.print(table)
     if "overhead_share" in fields:
         out.print(f"outside of the kernels: {fields['overhead_share']:.1%} of a token's time, {engine.mode}")
+
+
+def _open(output: Path, partial: Path) -> None:
+    """Make the folder, and see before anything long that what is measured can be kept there."""
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"{output}: is not a folder; choose another place")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with open(output / "bench.jsonl", "a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{output}: cannot be written ({error.strerror}); choose another folder") from error
+    write_json(partial, {"results": {}})
 
 
 def _peer_runs(names: list[str] | None, formats: list[str], prompts: list[int], config: dict) -> list:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dejavu.artifacts import to_json
 from dejavu.cli.options import (
     AttnDensity,
     Backend,
@@ -261,7 +261,7 @@ def _lines() -> Callable[[int, int], None]:
 
 def _show(result: dict, output: Path | None, as_json: bool, figures: list[Path]) -> None:
     if as_json:
-        typer.echo(json.dumps(result))
+        typer.echo(to_json(result))
         return
     from rich.console import Console
 

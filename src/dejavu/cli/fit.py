@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dejavu.artifacts import to_json
 from dejavu.cli.options import Dtype, Json, Revision, Threads, load_engine
 from dejavu.config import parse_share
 from dejavu.errors import ConfigError
@@ -162,7 +162,7 @@ def show(pack: Pack, name: str, as_json: bool) -> None:
         "made": dict(pack.made),
     }
     if as_json:
-        typer.echo(json.dumps(facts))
+        typer.echo(to_json(facts))
         return
     from rich.console import Console
     from rich.filesize import decimal

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -12,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from dejavu.artifacts import atomic_write
+from dejavu.artifacts import atomic_write, to_json
 from dejavu.cli.options import (
     AttnDensity,
     Backend,
@@ -140,7 +139,7 @@ def generate(
             out.write("\n")
         elif result is not None:
             record = {"model": model or BUNDLED, "mode": engine.mode, "dtype": str(engine.dtype).removeprefix("torch.")}
-            out.write(json.dumps(record | {"prompt": prompt} | result.to_dict(), ensure_ascii=False) + "\n")
+            out.write(to_json(record | {"prompt": prompt} | result.to_dict(), ensure_ascii=False) + "\n")
     if result is None:
         raise typer.Exit(130)
     if stats:

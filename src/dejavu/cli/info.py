@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from math import prod
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from dejavu.artifacts import to_json
 from dejavu.cli.options import Dtype, Json, QuantizeEmbeddings, Revision, WeightsFormat
 
 SIZES = (
@@ -70,7 +70,7 @@ def info(
     # Dense, at the end of the context, where the keys and values are most.
     read = step_bytes(config, plan, attended=config.sliding_window or config.context)
     if as_json:
-        typer.echo(json.dumps(facts | {"dense_step_bytes": read}))
+        typer.echo(to_json(facts | {"dense_step_bytes": read}))
         return
 
     from rich.console import Console

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from dejavu.artifacts import to_json
 from dejavu.cli.options import Dtype, Json, Revision, Threads, load_engine
 from dejavu.profile.settings import ProfileConfig
 
@@ -99,7 +99,7 @@ def profile(
         typer.echo(f"stopped; the same command goes on from what {output} holds", err=True)
         raise typer.Exit(130) from None
     if as_json:
-        typer.echo(json.dumps(result))
+        typer.echo(to_json(result))
         return
     Console().print(_table(result))
     typer.echo(f"{output}/profile.html shows the figures")

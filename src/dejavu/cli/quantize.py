@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from dejavu.artifacts import to_json
 from dejavu.cli.options import Dtype, Json, QuantizeEmbeddings, Revision, progress_bar
 
 
@@ -46,6 +46,6 @@ def quantize(
     size = sum(file.stat().st_size for file in out.iterdir())
     if as_json:
         facts = {"model": model, "out": str(out), "weights": quantization.weights.name}
-        typer.echo(json.dumps(facts | {"embeddings": quantize_embeddings, "bytes": size}))
+        typer.echo(to_json(facts | {"embeddings": quantize_embeddings, "bytes": size}))
     else:
         typer.echo(f"{out}: {model} in {quantization.weights.name}, {decimal(size)}")

@@ -18,8 +18,7 @@ def step_bytes(
     attended: float,
     batch: int = 1,
     rows_read: Tensor | None = None,
-    heads_read: Tensor | None = None,
-    lazy: bool = False,
+    attn_read: Tensor | None = None,
     predictor_bytes: int = 0,
 ) -> dict[str, float]:
     """Bytes read by one step of one token for every row of a batch.
@@ -28,9 +27,8 @@ def step_bytes(
         weights: in kernel layout; may lie on the meta device.
         attended: tokens in the cache that a row attends to, its own included (mean over rows and steps).
         rows_read: (L, R) rows of each kind that the MLPs read (mean over steps); None: all of them.
-        heads_read: (L,) query heads that were read (mean over steps); None: all of them.
-        lazy: keys and values of a head are projected only when it is selected (tokens that a full ring flushes are
-            not counted). Without it every group's are.
+        attn_read: (3, L) as DecodeStep counts them (mean over steps): query heads that were read, groups whose cache
+            was, and groups whose keys and values were projected; None: all of them.
         predictor_bytes: what a selector reads to choose.
     Returns: bytes by part, in the order of PARTS. "mlp_in" is fc1 (the gate), "mlp_out" fc2 (up and down);
         norms and biases count with the block that they belong to, keys and values as "kv".
@@ -38,24 +36,22 @@ def step_bytes(
     parts = dict.fromkeys(PARTS, 0.0)
     tables = [table for table in (weights.embed, weights.position_table) if table is not None]
     parts["embedding"] = batch * sum(table[0].nbytes for table in tables) + _size(weights.project_in)
-    kv = 0.0
+    H, G = config.num_attention_heads, config.num_key_value_heads
+    cached = 0.0
     for i, layer in enumerate(weights.layers):
         rows = layer.mlp.rows
         read = [rows.shape[0]] * rows.shape[1] if rows_read is None else rows_read[i].tolist()
         row_bytes = rows[0, 0].nbytes
-        H = config.num_attention_heads
-        heads = 1.0 if heads_read is None else heads_read[i].item() / H
-        r = config.heads_per_group
-        # Of the 2r+2 blocks of a group, 2r belong to its query heads, and 2 are keys and values.
-        share = (2 * r * heads + 2 * (heads if lazy else 1)) / (2 * r + 2)
-        parts["attention"] += share * _size(layer.attn.blocks)
+        heads, attended_groups, projected = (H, G, G) if attn_read is None else attn_read[:, i].tolist()
+        # A head has a query and an output block, a group one of keys and one of values.
+        parts["attention"] += 2 * (heads + projected) * layer.attn.blocks[0, 0].nbytes
         parts["attention"] += _size(layer.attn.qkv_bias, layer.attn.out_bias, layer.attn_norm)
-        kv += heads
+        cached += attended_groups
         parts["mlp_in"] += read[0] * row_bytes + _size(layer.mlp.in_bias, layer.mlp_norm)
         parts["mlp_out"] += sum(read[1:]) * row_bytes + _size(layer.mlp.out_bias)
     parts["predictor"] = float(predictor_bytes)
     parts["lm_head"] = float(_size(weights.head, weights.project_out, weights.final_norm))
-    parts["kv"] = batch * attended * 2 * kv * config.num_key_value_heads * config.head_dim * weights.dtype.itemsize
+    parts["kv"] = batch * attended * 2 * cached * config.head_dim * weights.dtype.itemsize
     return parts
 
 

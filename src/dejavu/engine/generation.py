@@ -127,7 +127,7 @@ class Batch:
     def _stats(self, row: _Row) -> Stats:
         """The row's own times, and the batch's steps until the row's end."""
         steps, decode_s, config = len(self._step_s), sum(self._step_s), self._decoder.config
-        read, heads = self._step.rows_read.cpu() / max(1, steps), self._step.heads_read / max(1, steps)
+        read, attn_read = self._step.rows_read.cpu() / max(1, steps), self._step.attn_read / max(1, steps)
         times = {"prompt_tokens": len(row.prompt_ids), "new_tokens": len(row.token_ids), "prefill_s": row.prefill_s}
         times |= {"ttft_s": row.ttft_s, "decode_s": decode_s}
         if not steps:
@@ -145,12 +145,11 @@ class Batch:
                 attended=self._attended / steps / batch,
                 batch=batch,
                 rows_read=read,
-                heads_read=heads,
-                lazy=self._step.cache.hidden is not None,
+                attn_read=attn_read,
                 predictor_bytes=self._step.predictor_bytes,
             ),
             mlp_density=tuple((read[:, -1] / config.intermediate_size).tolist()),
-            attn_density=tuple((heads / config.num_attention_heads).tolist()),
+            attn_density=tuple((attn_read[0] / config.num_attention_heads).tolist()),
             whole=self._step.whole,
         )
 

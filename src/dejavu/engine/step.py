@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from dejavu.engine.crossover import Costs
 from dejavu.errors import CapacityError, ConfigError, NotFiniteError
 from dejavu.kernels.base import Recording
 from dejavu.kernels.reference import Selection
+from dejavu.model.cache import KVCache
 from dejavu.model.decoder import Decoder
 from dejavu.model.finite import is_finite, not_finite, trace
 from dejavu.selection import Selector
@@ -28,7 +28,7 @@ FIRST_LOOK = 4
 class DecodeStep:
     """The decode step of a batch over a cache of its own; captured once, then replayed in one call.
 
-    `rows_read` (L, R) int64 counts the rows of each kind that the MLPs have read, and `heads_read` the query heads;
+    `rows_read` (L, R) int64 counts the rows of each kind that the MLPs have read, `attn_read` what attention has;
     `restart` zeroes both.
 
     Args:
@@ -67,7 +67,7 @@ class DecodeStep:
         self._steps = 0
         watched = None
         if selector is not None:
-            watched = Watched(selector.fresh(), L, decoder.config.num_attention_heads, decoder)
+            watched = Watched(selector.fresh(), decoder, self.cache)
         self._now = self._obedient = _Recorded(watched, frozenset())
         if captured and can_capture(decoder, selector):
             self._now = self._obedient = self._capture(watched, frozenset())
@@ -83,12 +83,19 @@ class DecodeStep:
         return self._now.selector
 
     @property
+    def attn_read(self) -> Tensor:
+        """Since the last restart, by layer: query heads read, groups whose cache was read, groups whose keys and values
+        were projected: (3, L) int64."""
+        if self._selector is None:
+            c = self._decoder.config
+            every = torch.tensor([c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads])
+            return (self._steps * every)[:, None].expand(-1, c.num_hidden_layers)
+        return self._selector.attn_read
+
+    @property
     def heads_read(self) -> Tensor:
         """Query heads read since the last reset, by layer: (L,) int64."""
-        config = self._decoder.config
-        if self._selector is None:
-            return torch.full((config.num_hidden_layers,), self._steps * config.num_attention_heads)
-        return self._selector.heads_read
+        return self.attn_read[0]
 
     @property
     def whole(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -139,6 +146,8 @@ class DecodeStep:
         """
         if self._selector is not None:
             self._selector.advance()
+            if not self._selector.in_step:
+                self._selector.start()
         for ours, theirs in zip((self._ids, self._positions), self._inputs, strict=True):
             if ours is not theirs:
                 theirs.copy_(ours)
@@ -218,6 +227,8 @@ class DecodeStep:
             self._now = self._capture(selector, self._now.whole | more)
 
     def _step(self, selector: Watched | None) -> Tensor:
+        if selector is not None and selector.in_step:
+            selector.start()
         logits = self._decoder.step(
             *self._inputs, self.cache, mode=self._mode, selector=selector, rows_read=self.rows_read
         )
@@ -242,16 +253,22 @@ class _Recorded:
 
 
 class Watched:
-    """A selector, and how many heads it has selected in each layer: `totals` (L,) int64.
+    """A selector, and what attention has read of each layer under it: `totals` (3, L) int64, as DecodeStep.attn_read.
 
-    `count` adds a step's counts: as part of the step where PyTorch's ops are recorded with it, so that a GPU never
-    waits for the host; else after it, through numpy.
+    `start` stands before a step and `count` adds what it read: both are part of the step where PyTorch's ops are
+    recorded with it, so that a GPU never waits for the host; else they run around it, through numpy.
+
+    Args:
+        cache: of the steps; with lazy keys and values it tells which groups were projected, by a full ring too.
     """
 
-    def __init__(self, selector: Selector, layers: int, heads: int, decoder: Decoder):
-        device, self.in_step = decoder.device, decoder.ops.records_torch
-        self.totals = torch.zeros(layers, dtype=torch.int64, device=device)
-        self._every = torch.tensor([heads], dtype=torch.int32, device=device)
+    def __init__(self, selector: Selector, decoder: Decoder, cache: KVCache):
+        config, device, self.in_step = decoder.config, cache.k.device, decoder.ops.records_torch
+        self._heads, self._groups, self._kv_len = config.num_attention_heads, config.num_key_value_heads, cache.kv_len
+        self.totals = torch.zeros(3, config.num_hidden_layers, dtype=torch.int64, device=device)
+        self._before = None if cache.kv_len is None else cache.kv_len.clone()
+        self._every = torch.tensor([self._heads], dtype=torch.int32, device=device)
+        self._places: dict[tuple[tuple[int, int], ...], tuple[Tensor, ...]] = {}
         self._lead(selector)
 
     def _lead(self, selector: Selector) -> None:
@@ -259,8 +276,8 @@ class Watched:
         self.advance, self.begin, self.neurons = selector.advance, selector.begin, selector.neurons
         self.collect = selector.collect
         self.nbytes = getattr(selector, "nbytes", 0)
-        # By layer that selects; captured counts are buffers that every replay renews.
-        self._counts: dict[int, Tensor | np.ndarray] = {}
+        # By layer that selects; captured selections are buffers that every replay renews.
+        self._chosen: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
     def cuts(self) -> Cuts:
@@ -273,22 +290,61 @@ class Watched:
     def heads(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> Selection:
         selection = self._selector.heads(layer, y, attend)
         if selection is not None:
-            self._counts[layer] = selection[1] if self.in_step else selection[1].numpy()
+            self._chosen[layer] = selection if self.in_step else tuple(part.numpy() for part in selection)
         return selection
+
+    def start(self) -> None:
+        if self._before is not None:
+            self._before.copy_(self._kv_len)
 
     def count(self) -> None:
         if self.in_step:
-            self.totals += torch.cat([self._counts.get(layer, self._every) for layer in range(len(self.totals))])
+            self._count_in_step()
             return
-        totals, every = self.totals.numpy(), int(self._every)
-        for layer in range(len(totals)):
-            totals[layer] += self._counts[layer][0] if layer in self._counts else every
+        heads, groups, projected = self.totals.numpy()
+        r = self._heads // self._groups
+        for layer in range(len(heads)):
+            if layer not in self._chosen:
+                heads[layer] += self._heads
+                groups[layer] += self._groups
+                continue
+            idx, count = self._chosen[layer]
+            n = int(count[0])
+            heads[layer] += n
+            groups[layer] += n if r == 1 else len(set((idx[:n] // r).tolist()))
+        if self._before is None:
+            projected += self._groups
+        else:
+            projected += (self._kv_len.numpy() != self._before.numpy()).any(1).sum(1)
+
+    def _count_in_step(self) -> None:
+        heads, groups, projected = self.totals
+        layers = range(len(heads))
+        counts = torch.cat([self._chosen[i][1] if i in self._chosen else self._every for i in layers])
+        heads += counts
+        groups += counts if self._heads == self._groups else self._groups_of(counts)
+        projected += self._groups if self._before is None else (self._kv_len != self._before).any(1).sum(1)
+
+    def _groups_of(self, counts: Tensor) -> Tensor:
+        """(L,) groups with a selected head, all layers in a few kernels: counts (L,) says how many heads are valid."""
+        G, r, chosen = self._groups, self._heads // self._groups, sorted(self._chosen.items())
+        sizes = tuple((layer, idx.numel()) for layer, (idx, _) in chosen)
+        if sizes not in self._places:  # made in the step before the capture, which may not copy from the host
+            layer = torch.tensor([i for i, n in sizes for _ in range(n)], dtype=torch.int64)
+            place = torch.tensor([at for _, n in sizes for at in range(n)], dtype=torch.int64)
+            every = torch.ones(len(counts), G, dtype=torch.int32)
+            every[[i for i, _ in sizes]] = 0
+            self._places[sizes] = tuple(t.to(counts.device) for t in (layer, place, every))
+        layer, place, every = self._places[sizes]
+        heads = torch.cat([idx for _, (idx, _) in chosen]).clamp(0, self._heads - 1)  # undefined behind the count
+        seen = every.flatten().scatter_add(0, layer * G + heads // r, (place < counts[layer]).int())
+        return (seen.view(-1, G) > 0).sum(1)
 
     def reset(self) -> None:
         self.totals.zero_()
         self._selector.restart()
 
     @property
-    def heads_read(self) -> Tensor:
-        """(L,) int64 on the CPU."""
+    def attn_read(self) -> Tensor:
+        """(3, L) int64 on the CPU."""
         return self.totals.cpu().clone()

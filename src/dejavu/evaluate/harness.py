@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
-from dejavu.config import SelectionConfig
+from dejavu.config import SamplingParams, SelectionConfig
 from dejavu.engine.engine import Engine
 from dejavu.engine.scoring import Path, Request
-from dejavu.errors import ConfigError
+from dejavu.evaluate.generation import DEFAULTS, checkpoint_defaults, fit, sampling
 from dejavu.evaluate.scores import Scores
-
-MAX_NEW_TOKENS = 256  # where a task names no limit; the harness's own default
 
 
 class HarnessModel(TemplateLM):
@@ -78,26 +78,25 @@ class HarnessModel(TemplateLM):
         return sums
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        return [self._generate(*instance.args) for instance in requests]
+        # All are understood before the first is generated.
+        return [self.engine.generate(ids, params).text for ids, params in self._plans(requests)]
 
-    def _generate(self, context: str, settings: dict) -> str:
-        until = settings.get("until") or []
-        new = int(settings.get("max_gen_toks") or settings.get("max_tokens") or MAX_NEW_TOKENS)
-        if new >= self.max_length:
-            raise ConfigError(f"max_gen_toks {new} leaves no room for a prompt: the context is {self.max_length}")
-        ids = self.tok_encode(context) or [self.prefix_token_id]
-        if len(ids) > self.max_length - new:
-            self.truncated += 1
-        sampled = settings.get("do_sample", float(settings.get("temperature") or 0) > 0)
-        return self.engine.generate(
-            ids[-(self.max_length - new) :],
-            max_new_tokens=new,
-            stop=tuple([until] if isinstance(until, str) else until),
-            temperature=float(settings.get("temperature") or 1.0) if sampled else 0.0,
-            top_p=float(settings.get("top_p") or 1.0),
-            top_k=int(settings["top_k"]) if settings.get("top_k") else None,
-            seed=settings.get("seed", 0),
-        ).text
+    def _plans(self, requests: Sequence[Instance]) -> list[tuple[list[int], SamplingParams]]:
+        """Prompt and sampling parameters of each request; a request that is repeated draws anew each time.
+
+        Raises: ConfigError naming a setting that is not supported.
+        """
+        end = self.engine.tokenizer.decode([self.eot_token_id], special=True)
+        defaults = {**DEFAULTS} if self.engine.checkpoint is None else checkpoint_defaults(self.engine.checkpoint.path)
+        plans, before = [], Counter()
+        for context, settings in (instance.args for instance in requests):
+            params = sampling(settings, defaults, end, before[context])
+            before[context] += 1
+            whole = self.tok_encode(context) or [self.prefix_token_id]
+            ids, new = fit(params, settings, whole, self.max_length)
+            self.truncated += len(ids) < len(whole)
+            plans.append((ids, replace(params, max_new_tokens=new)))
+        return plans
 
     def _request(self, context: str, continuation: str) -> Request | None:
         """None: there is nothing to score."""
@@ -136,7 +135,7 @@ class Collect(HarnessModel):
         return [(0.0, False)] * len(requests)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        return [""] * len(requests)
+        return [""] * len(self._plans(requests))
 
 
 class FromScores(HarnessModel):

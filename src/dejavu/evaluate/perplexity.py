@@ -74,6 +74,8 @@ def text_task(
         left = None if left is None else left - len(ids)
         words, size = words + len(document.split()), size + len(document.encode())
         requests += windows([engine.tokenizer.prefix_id, *ids], window, stride)
+    if not requests:
+        raise ConfigError(f"{source}: the tokenizer makes no token of this text")
     complete = limit is None and tokens is None
     return TextTask(name, tuple(requests), ORIGINAL_WORDS.get(name, words) if complete else words, size)
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-# Of the metrics of a task, the first of these stands for it in the figure.
+# Of the metrics of a task, the first of these stands for it in the figure, or else its own first.
 MAIN = ("token_perplexity", "word_perplexity", "perplexity", "acc", "acc_norm", "exact_match", "f1", "mcc")
 
 
@@ -83,12 +83,17 @@ def notes(result: dict[str, Any]) -> list[str]:
     return out
 
 
-def figure(result: dict[str, Any]) -> Figure:
-    """A panel for each task: its main metric over the bytes that a token reads, a point for each setting."""
+def figure(result: dict[str, Any]) -> Figure | None:
+    """A panel for each task: its main metric over the bytes that a token reads, a point for each setting.
+
+    None where no task has a metric.
+    """
     from matplotlib.figure import Figure
 
-    tasks = {t: next((m for m in MAIN if m in r["metrics"]), None) for t, r in result["tasks"].items()}
-    tasks = {t: m for t, m in tasks.items() if m is not None}
+    metrics = {task: r["metrics"] for task, r in result["tasks"].items() if r["metrics"]}
+    tasks = {task: next(m for m in (*MAIN, *known) if m in known) for task, known in metrics.items()}
+    if not tasks:
+        return None
     columns = min(3, len(tasks))
     rows = -(-len(tasks) // columns)
     drawn = Figure(figsize=(4.2 * columns, 3.2 * rows + 0.6), layout="constrained")
@@ -97,7 +102,7 @@ def figure(result: dict[str, Any]) -> Figure:
         for i, (setting, decode) in enumerate(result["decode"].items()):
             row = result["tasks"][task]["metrics"][metric][setting]
             size = decode["bytes_per_token"]
-            if size is None:
+            if size is None or row["value"] is None:
                 continue
             # Whoever wants to see whether two settings differ looks at the paired interval, not at two errors.
             error = _paired_error(row)
@@ -112,7 +117,8 @@ def figure(result: dict[str, Any]) -> Figure:
     for ax in list(axes)[len(tasks) :]:
         ax.set_visible(False)
     handles, labels = drawn.axes[0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=8)
+    if labels:
+        drawn.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=8)
     drawn.suptitle(f"Quality over bytes read, {result.get('model', '')}", fontsize=11)
     return drawn
 
@@ -120,6 +126,8 @@ def figure(result: dict[str, Any]) -> Figure:
 def save_figure(result: dict[str, Any], folder: Path) -> list[Path]:
     """Write the figure as compare.png and compare.svg, whole or not at all; returns them. Raises: ConfigError."""
     drawn, files = figure(result), [folder / f"compare.{kind}" for kind in ("png", "svg")]
+    if drawn is None:
+        return []
     for path in files:
         with atomic_write(path, "wb") as file:
             drawn.savefig(file, format=path.suffix[1:], dpi=150)
@@ -155,6 +163,8 @@ def _title(result: dict[str, Any]) -> str:
 
 def _value(metric: str, row: dict[str, Any]) -> str:
     error = row["stderr"]
+    if row["value"] is None:
+        return "-"
     if "perplexity" in metric or "bits" in metric:
         return f"{row['value']:.3f}" + ("" if error is None else f" ± {error:.3f}")
     return f"{row['value']:.2%}" + ("" if error is None else f" ± {error:.2%}")

@@ -126,10 +126,11 @@ class Evaluation:
         """
         started = perf_counter()
         method = {"path": path, "batch": batch}
+        requests = self._requests()  # the harness asks, and what cannot be answered is refused, before any work
         file = _open(output, overwrite)
         table = Scores(engines, path, batch, file, {**dict(identity or {}), **method, "settings": list(engines)})
         stage("scoring")
-        table.compute(self._requests(), progress)
+        table.compute(requests, progress)
         stage("tasks")
         result = {
             "schema_version": SCHEMA_VERSION,
@@ -143,7 +144,7 @@ class Evaluation:
             "scoring_seconds": {name: round(seconds, 2) for name, seconds in table.seconds.items()},
         }
         stage("speed")
-        result["decode"] = time_decode(engines, self._requests()) if speed else dict.fromkeys(engines, NOT_TIMED)
+        result["decode"] = time_decode(engines, requests) if speed else dict.fromkeys(engines, NOT_TIMED)
         result["seconds"] = round(perf_counter() - started, 1)
         if output is not None:
             write_json(output / RESULT_FILE, result)
@@ -203,7 +204,7 @@ class Evaluation:
                     if which and not metric.endswith("_stderr") and isinstance(value, (int, float)):
                         error = found["results"][name].get(f"{metric}_stderr,{which}")
                         row = task["metrics"].setdefault(metric, {})
-                        row[setting] = {"value": value, "stderr": error if isinstance(error, float) else None}
+                        row[setting] = {"value": _finite(value), "stderr": error if isinstance(error, float) else None}
         reference = next(iter(engines))
         for name, task in out.items():
             for metric, row in task["metrics"].items():
@@ -226,7 +227,7 @@ class Evaluation:
             for level, count in (("token", task.tokens), ("word", task.words), ("byte", task.bytes)):
                 weights = [n * count / task.tokens for n in tokens]
                 value, error = stats.perplexity(logprobs, weights)
-                row = {"value": value, "stderr": _finite(error)}
+                row = {"value": _finite(value), "stderr": _finite(error)}
                 if setting != settings[0]:
                     row |= {k: _finite(v) for k, v in stats.perplexity_ratio(logprobs, theirs, weights).items()}
                     row["relative"] = True
@@ -243,9 +244,12 @@ class Evaluation:
 
 def time_decode(engines: Mapping[str, Engine], requests: Sequence[Request]) -> dict:
     """Median milliseconds and bytes of a decode step, settings in turns, after the longest request's beginning."""
-    longest = max(requests, key=lambda r: r.length)
-    prompt = list(longest.ids[:TIMED_PROMPT])
-    room = next(iter(engines.values())).config.context - len(prompt)
+    # Tasks that only generate have no request to take a prompt from.
+    first = next(iter(engines.values()))
+    context, nothing = first.config.context, Request((first.tokenizer.prefix_id,) * 2, 1)
+    longest = max(requests, key=lambda r: r.length, default=nothing)
+    prompt = list(longest.ids[: max(1, min(TIMED_PROMPT, context - TIMED_TOKENS))])
+    room = context - len(prompt)
     runs: dict[str, list] = {name: [] for name in engines}
     for _ in range(TIMED_ROUNDS):
         for name, engine in engines.items():

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from time import perf_counter
 
@@ -13,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dejavu.artifacts import to_json
 from dejavu.engine.engine import Engine
 from dejavu.engine.scoring import Path as ScoringPath
 from dejavu.engine.scoring import Reads, Request, Scorer, passes
-from dejavu.errors import ConfigError
+from dejavu.errors import ConfigError, DejavuError
 
 SCORES_FILE = "scores.jsonl"
 # Logits of one pass, at most: 2**25 numbers are 128 MB, and those of the reference are kept beside them.
@@ -98,6 +100,10 @@ class Scores:
             seconds = perf_counter() - started
             reference = logits if reference is None else reference
             scores = [_compare(*x) for x in zip(requests, logits, reference, strict=True)]
+            if not all(isfinite(s.logprob) and isfinite(s.kl) for s in scores):
+                raise DejavuError(
+                    f"{name}: the model's scores are not finite numbers; its weights or logits are broken"
+                )
             columns = {field: [getattr(s, field) for s in scores] for field in Score.__dataclass_fields__}
             line["settings"][name] = columns | {"reads": reads.to_dict(), "seconds": round(seconds, 4)}
             scored(number)
@@ -113,7 +119,7 @@ class Scores:
             self.seconds[name] += part["seconds"]
         if keep and self._file is not None:
             with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(to_json(line) + "\n")
 
     def _open(self, file: Path, identity: dict) -> None:
         head = json.dumps({"identity": identity}) + "\n"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import exp, inf, sqrt
+from math import exp, inf, log, sqrt
+from sys import float_info
 
 import numpy as np
 
+LARGEST = log(float_info.max)  # whose exponential is a number
 Z = 1.959964  # of a normal distribution: 95 % lie within so many standard errors
 
 
@@ -28,20 +30,27 @@ def perplexity(logprobs: Sequence[float], weights: Sequence[float]) -> tuple[flo
     Args:
         logprobs: of documents (or windows), taken as independent.
         weights: tokens, words or bytes of each.
+    Returns: infinite where that is too large for a number, or nothing was weighed.
     """
-    value = exp(-sum(logprobs) / sum(weights))
+    total = sum(weights)
+    if not total or -sum(logprobs) / total > LARGEST:
+        return inf, inf
+    value = exp(-sum(logprobs) / total)
     return value, value * _rate_error(logprobs, weights)
 
 
 def perplexity_ratio(ours: Sequence[float], theirs: Sequence[float], weights: Sequence[float]) -> dict[str, float]:
     """The relative difference of two perplexities of the same documents (0.01: one percent more), with its interval.
 
-    A single document has none: its ends are infinite.
+    A single document has none: its ends are infinite, and all is where nothing was weighed.
     """
+    if not sum(weights):
+        return {"difference": inf, "low": -inf, "high": inf}
     lost = np.asarray(theirs, float) - np.asarray(ours, float)
     rate, error = lost.sum() / sum(weights), _rate_error(lost, weights)
-    low, high = (float(np.expm1(rate + k * error)) if error < inf else k * inf for k in (-Z, Z))
-    return {"difference": float(np.expm1(rate)), "low": low, "high": high}
+    with np.errstate(over="ignore"):
+        low, high = (float(np.expm1(rate + k * error)) if error < inf else k * inf for k in (-Z, Z))
+        return {"difference": float(np.expm1(rate)), "low": low, "high": high}
 
 
 def _rate_error(values: Sequence[float], weights: Sequence[float]) -> float:

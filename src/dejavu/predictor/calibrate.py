@@ -58,8 +58,8 @@ def block_options(block: int, predictor: Predictor, data: Data, weights: Weights
     layer = weights.layers[block // 2]
     if block % 2 == HEADS:
         r = layer.attn.heads_per_group
-        # Query and output rows of a head; its keys and values are read with it.
-        unit = out = layer.attn.blocks[0].nbytes / r
+        # Query and output rows of a head; the keys and values of its group are as much, and read once.
+        unit = out = 2 * layer.attn.blocks[0, 0].nbytes
         candidates = [k / units for k in range(1, units)]
     else:
         unit = layer.mlp.rows[0].nbytes
@@ -70,12 +70,16 @@ def block_options(block: int, predictor: Predictor, data: Data, weights: Weights
     held, hits = square.flatten()[order].double().cumsum(0), active.flatten()[order].cumsum(0)
     for density in candidates:
         threshold = ordered[max(0, round(density * len(order)) - 1)].item()
-        counts = (scores >= threshold).sum(1)
+        chosen = scores >= threshold
+        counts = chosen.sum(1)
         k = min(units, max(1, int(CAPACITY_SLACK * counts.float().quantile(CAPACITY_QUANTILE).ceil().item())))
         # The few tokens that the capacity cuts count as if it did not.
         kept = int(counts.sum())
         hit = hits[kept - 1].item()
-        read = kept * unit if block % 2 == HEADS else kept * (unit - out) + hit * out
+        if block % 2 == HEADS:
+            read = (kept + chosen.view(tokens, -1, r).any(2).sum().item()) * unit
+        else:
+            read = kept * (unit - out) + hit * out
         options.append(
             Option(
                 Cut(k, threshold),
@@ -87,7 +91,7 @@ def block_options(block: int, predictor: Predictor, data: Data, weights: Weights
             )
         )
     share = active.float().mean().item()
-    everything = units * unit if block % 2 == HEADS else units * (unit - out + share * out)
+    everything = layer.attn.blocks.nbytes if block % 2 == HEADS else units * (unit - out + share * out)
     options.append(Option(None, 1.0, 0.0, everything, 1.0, share))
     return [o for o in options if o.bytes < everything or o.cut is None]
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dejavu.errors import ConfigError
+from dejavu.kernels.quantized import dense
 from dejavu.kernels.reference import rotate
 from dejavu.model.cache import KVCache
 from dejavu.model.decoder import Decoder
@@ -32,7 +33,7 @@ class AttentionMaps(Hooks):
     def heads(self, layer: int, y: Tensor, o: Tensor) -> Tensor:
         d, attn = self._decoder, self._decoder.weights.layers[layer].attn
         T, r = len(y), attn.heads_per_group
-        q = torch.einsum("tc,grdc->grtd", y, attn.blocks[:, :r].float())
+        q = torch.einsum("tc,grdc->grtd", y, dense(attn.blocks[:, :r]))
         if attn.qkv_bias is not None:
             q = q + attn.qkv_bias[:, :r, None]
         if self._cache.cos_sin is not None:

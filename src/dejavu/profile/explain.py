@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from statistics import mean, median
 
 HEADINGS = {
@@ -39,16 +40,20 @@ def _oracle(r: dict) -> str:
 
 def _quality(r: dict) -> str:
     q = r["quality"]
-    from_on = {part: next(density for density, ppl in q[part]["oracle"] if ppl <= 1.01 * q["dense"]) for part in _PARTS}
+    from_on = {
+        part: next((x for x, ppl in q[part]["oracle"] if _much(ppl) <= 1.01 * _much(q["dense"])), 1.0)
+        for part in _PARTS
+    }
     density, best = q["mlp"]["oracle"][len(q["mlp"]["oracle"]) // 3]
     others = ", ".join(
-        f"{name} {dict(map(tuple, q['mlp'][policy]))[density]:,.4g}"
+        f"{name} {_much(dict(map(tuple, q['mlp'][policy]))[density]):,.4g}"
         for policy, name in (("non_contextual", "non-contextual"), ("static", "static"), ("random", "random"))
     )
     return (
-        f"Dense perplexity is {q['dense']:.2f}; the oracle is within 1 % of it from {from_on['mlp']:.0%} of the "
+        f"Dense perplexity is {_much(q['dense']):.2f}; the oracle is within 1 % of it from {from_on['mlp']:.0%} of the "
         f"neurons on (all heads read), and from {from_on['heads']:.0%} of the heads on (all neurons read). At "
-        f"{density:.0%} of the neurons the oracle has {best:,.4g}, and choices that ignore the context have: {others}."
+        f"{density:.0%} of the neurons the oracle has {_much(best):,.4g}, and choices that ignore the context have: "
+        f"{others}."
     )
 
 
@@ -108,6 +113,11 @@ def _attention(r: dict) -> str:
         f"goes to {top} tokens. Layer {even['layer']}'s head {even['head']} spreads its attention, at "
         f"{even['evenness']:.0%} of the largest possible entropy."
     )
+
+
+def _much(value: float | None) -> float:
+    """A perplexity; JSON has no word for one that is too large for a number."""
+    return inf if value is None else value
 
 
 def _mlp(r: dict) -> dict:

@@ -59,7 +59,7 @@ def oracle(r: dict) -> Figure:
 
 
 def quality(r: dict) -> Figure | None:
-    if r["quality"] is None:
+    if r["quality"] is None or r["quality"]["dense"] is None:
         return None
     figure, axes = _panels(2)
     for axis, part, title in zip(axes, ("mlp", "heads"), ("MLP neurons", "Attention heads"), strict=True):

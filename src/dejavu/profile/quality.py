@@ -61,7 +61,8 @@ def measure(
         name = "mlp_density" if point.part == "mlp" else "attn_density"
         selection = SelectionConfig(point.policy, seed=seed, **{name: density})
         selector = make_selector(selection, c, decoder.weights, decoder.ops, importance=importance)
-    return math.exp(sum(_loss(decoder, ids, selector) for ids in held) / sum(len(ids) - 1 for ids in held))
+    mean = sum(_loss(decoder, ids, selector) for ids in held) / sum(len(ids) - 1 for ids in held)
+    return torch.tensor(mean, dtype=torch.float64).exp().item()  # infinite, not an error, where it is too large
 
 
 @torch.inference_mode()

@@ -89,10 +89,10 @@ def profile(
     save()
     result = summarise(state, decoder.config, settings, sentence, list(sources))
 
+    write_json(out / RESULT_FILE, result)
     from dejavu.profile.page import write_page  # matplotlib takes a second to import
 
     write_page(result, out)
-    write_json(out / RESULT_FILE, result)
     return result
 
 

@@ -59,7 +59,7 @@ class Peer:
     Args:
         name: as the user types it.
         label: as tables show it.
-        module: of this package; it has `formats()` and, but for Hugging Face, `convert` and `load`.
+        module: by its full name; it has `formats()` and, but for Hugging Face, `convert` and `load`.
         packages: import names that it needs, of the extra `peers`.
     """
 
@@ -110,7 +110,7 @@ class Peer:
 
     @property
     def _module(self) -> ModuleType:
-        return import_module(f"{__name__}.{self.module}")
+        return import_module(self.module)
 
     def _told(self, call: Callable[[], Any]) -> Any:
         try:
@@ -122,11 +122,11 @@ class Peer:
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
-        Peer("hf-eager", "HF eager", "hugging_face"),
-        Peer("hf-compiled", "HF compiled", "hugging_face"),
-        Peer("ctranslate2", "CTranslate2", "ctranslate2", ("ctranslate2",)),
-        Peer("openvino", "OpenVINO", "openvino", ("openvino",)),
-        Peer("llama-cpp", "llama.cpp (GPT-2 stand-in)", "llama_cpp", ("llama_cpp", "gguf")),
+        Peer("hf-eager", "HF eager", f"{__name__}.hugging_face"),
+        Peer("hf-compiled", "HF compiled", f"{__name__}.hugging_face"),
+        Peer("ctranslate2", "CTranslate2", f"{__name__}.ctranslate2", ("ctranslate2",)),
+        Peer("openvino", "OpenVINO", f"{__name__}.openvino", ("openvino",)),
+        Peer("llama-cpp", "llama.cpp (GPT-2 stand-in)", f"{__name__}.llama_cpp", ("llama_cpp", "gguf")),
     )
 }
 
