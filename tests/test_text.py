@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from dejavu.artifacts import read_json
 from dejavu.errors import ConfigError
 from dejavu.text import documents
 
@@ -64,3 +65,15 @@ def test_bad_sources_are_named(tmp_path):
         with pytest.raises(ConfigError, match=message) as info:
             list(documents([str(tmp_path / name)]))
         assert name in str(info.value)
+
+
+def test_byte_order_marks_are_no_text(tmp_path, monkeypatch):
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "a.txt").write_bytes(mark + b"hello\n<|endoftext|>\n" + b"there")
+    with gzip.open(tmp_path / "b.txt.gz", "wb") as file:
+        file.write(mark + b"again")
+    assert list(documents([str(tmp_path)])) == ["hello", "there", "again"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(mark + b"piped"), encoding="utf-8"))
+    assert list(documents(["-"])) == ["piped"]
+    (tmp_path / "c.json").write_bytes(mark + b'{"a": 1}')
+    assert read_json(tmp_path / "c.json") == {"a": 1}

@@ -128,7 +128,6 @@ def test_an_output_that_cannot_be_written_is_found_first(place, tmp_path, monkey
 @pytest.mark.parametrize(
     "args, message",
     [
-        ([""], "the prompt is empty"),
         (["a" * 20_000 + " b" * 10_000], "more than the model's context of 1024"),
         (["--prompt-file", "no-such-file"], "no-such-file: cannot be read"),
         (["hi", "--temperature", "-1"], "temperature must be a number of at least 0, found -1.0"),
@@ -200,5 +199,5 @@ def test_the_command_itself():
     assert all(verb in text("--help") for verb in ("generate", "info", "demo"))
     for verb in ("generate", "info", "demo"):
         assert f"Example: dejavu {verb}" in text(verb, "--help")
-    result = run("--debug", "generate", "")
+    result = run("--debug", "generate", "hi", "-n", "0")
     assert isinstance(result.exception, dejavu.DejavuError)

@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+import dejavu
 from dejavu.engine.detokenize import MAX_WAITING, REPLACEMENT, Detokenizer, StopScanner
 
 TEXT = "naïve 😀 e\N{COMBINING ACUTE ACCENT} 你好世界 👩\N{ZERO WIDTH JOINER}🚀 end"
@@ -113,3 +114,46 @@ def test_only_what_may_begin_a_stop_string_is_held_back():
     scanner = StopScanner(["\n\nQ:"])
     assert [scanner.push(p) for p in ("one\n", "\n", "two", "\n\nQ")] == ["one", "", "\n\ntwo", ""]
     assert scanner.flush() == "\n\nQ"
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
+@pytest.mark.parametrize("text", ["caf\u00e9", "\U0001f600", "\u4f60\u597d", "a\u00e9b"])
+def test_a_character_that_the_prompt_began_is_not_lost(kind, text, request):
+    tokenizer = request.getfixturevalue(kind)
+    ids, decode = tokenizer(text)["input_ids"], decoder(tokenizer)
+    for cut in range(1, len(ids)):
+        out = "".join(pieces(Detokenizer(decode, ids[:cut]), ids[cut:]))
+        assert REPLACEMENT not in out and text.endswith(out)
+        assert decode(ids[:cut]).rstrip(REPLACEMENT) + out == text
+
+
+def test_a_character_that_the_prompt_began_and_nobody_ends_stays_the_prompts():
+    def decode(ids):
+        return bytes(ids).decode(errors="replace")
+
+    assert "".join(pieces(Detokenizer(decode, [*b"caf", 0xC3]), [*b" au lait"])) == " au lait"
+    assert "".join(pieces(Detokenizer(decode, [*b"caf", 0xE4, 0xBD]), [0xA0, *b"!"])) == "\u4f60!"
+    assert "".join(pieces(Detokenizer(decode, [*b"caf", 0xE4, 0xBD]), [])) == ""
+
+
+def test_special_tokens_stop_by_their_spelling_and_are_never_shown():
+    def run(stops, *parts):
+        scanner = StopScanner(stops)
+        out = [scanner.push(*part) for part in parts]
+        return "".join(out) + ("" if scanner.hit else scanner.flush()), scanner.hit
+
+    end = "<|im_end|>"
+    assert run([end], ("a", ""), ("b", end), ("c", "")) == ("ab", end)
+    assert run(["b" + end], ("a", ""), ("b", ""), ("", end)) == ("a", "b" + end)
+    assert run([end + "c"], ("a", end), ("b", end), ("c", "")) == ("ab", end + "c")
+    assert run(["x"], ("a", end), ("b", "")) == ("ab", None)
+    assert run([end + "x"], ("a", end), ("b", "")) == ("ab", None)
+
+
+def test_a_stop_string_of_a_special_token_stops_the_text(tiny_checkpoint):
+    engine = dejavu.load(tiny_checkpoint(eos_token_id=None), dtype="fp32")
+    ids = engine.generate([5, 6], max_new_tokens=4, ignore_eos=True).token_ids
+    tokenizer = engine.tokenizer
+    tokenizer._special[ids[2]] = "<|stop|>"
+    done = engine.generate([5, 6], max_new_tokens=4, ignore_eos=True, stop="<|stop|>")
+    assert (done.finish_reason, done.stop, done.token_ids) == ("stop", "<|stop|>", ids[:3])
