@@ -57,5 +57,6 @@ def test_the_harness_own_command_line_evaluates_us(evaluate):
     assert len(evaluate.samples("few_choices")) == len(evaluate.samples("few_words")) == len(ROWS)
     engine = dejavu.load("opt-mini", dtype="fp32", mode="dense")
     for sample in evaluate.samples("few_words"):
-        made = engine.generate(sample["doc"]["question"], max_new_tokens=6, stop=".", repetition_penalty=1.2)
+        ids = engine.tokenizer.encode_plain(sample["doc"]["question"], special=True)
+        made = engine.generate(ids, max_new_tokens=6, stop=".", repetition_penalty=1.2)
         assert sample["resps"] == [[made.text]]
