@@ -36,9 +36,11 @@ def test_records_are_appended_as_lines(tmp_path):
 
 
 def test_a_record_that_is_not_json_is_not_written(tmp_path):
-    with pytest.raises(ValueError):
-        record.append(tmp_path / "bench.jsonl", ms=float("nan"))
+    with pytest.raises(TypeError):
+        record.append(tmp_path / "bench.jsonl", ms=object())
     assert not (tmp_path / "bench.jsonl").exists()
+    record.append(tmp_path / "bench.jsonl", ms=float("nan"))  # for which JSON has no word
+    assert '"ms": null' in (tmp_path / "bench.jsonl").read_text()
 
 
 def test_changed_code_is_dirty_and_earlier_records_are_not(repository):
