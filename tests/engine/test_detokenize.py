@@ -138,8 +138,10 @@ def test_a_character_that_the_prompt_began_and_nobody_ends_stays_the_prompts():
 
 def test_special_tokens_stop_by_their_spelling_and_are_never_shown():
     def run(stops, *parts):
-        scanner = StopScanner(stops)
-        out = [scanner.push(*part) for part in parts]
+        scanner, out = StopScanner(stops), []
+        for part in parts:
+            if scanner.hit is None:
+                out.append(scanner.push(*part))
         return "".join(out) + ("" if scanner.hit else scanner.flush()), scanner.hit
 
     end = "<|im_end|>"

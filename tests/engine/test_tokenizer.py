@@ -77,7 +77,7 @@ def test_a_sentencepiece_model_alone_is_enough(tiny_checkpoint, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         (folder / name).unlink(missing_ok=True)
     (tmp_path / "tokenizer.model").rename(folder / "tokenizer.model")
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **names}))
     tokenizer = load(folder)
     ids = tokenizer.encode("hello world")

@@ -86,7 +86,7 @@ def test_defaults():
         ({"rope_scaling": {"type": "mrope"}}, 32, "'mrope' is not supported; supported: default, linear, dynamic"),
         ({"rope_scaling": {"type": "linear"}}, 32, "factor must be a number, found None"),
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, 32, "factor must be a number, found '2'"),
-        ({"rope_scaling": {"type": "linear", "factor": 0}}, 32, "no finite angles"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, 32, "factor must be a number in"),
         ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": 0}}, 32, "no finite angles"),
         ({"rope_scaling": [1]}, 32, "must be an object"),
         ({"rope_scaling": {"type": "longrope", "short_factor": SHORT, "long_factor": LONG[1:]}}, 32, "16 numbers"),

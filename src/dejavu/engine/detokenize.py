@@ -28,11 +28,13 @@ class Detokenizer:
     def __init__(self, decode: Callable[[Sequence[int]], str], prompt_ids: Sequence[int] = ()):
         self._decode = decode
         self._window = list(prompt_ids[-PROMPT_TAIL:])
-        text = decode(self._window)
-        # Of a character that the prompt only begins: new tokens may complete it, and then it is new text.
-        self._begun = min(len(text) - len(text.rstrip(REPLACEMENT)), MAX_WAITING - 1)
-        self._done = len(self._window) - min(self._begun, len(self._window))  # tokens of the window that do not wait
-        self._sent = len(text) - self._begun  # characters of the window's text that are out
+        # Tokens of a character that the prompt only begins: new ones may complete it, and then it is new text.
+        self._begun = next((n for n in range(MAX_WAITING) if not self._incomplete(n)), 0)
+        self._done = len(self._window) - self._begun  # tokens of the window that do not wait
+        self._sent = len(decode(self._window[: self._done]))  # characters of the window's text that are out
+
+    def _incomplete(self, waiting: int) -> bool:
+        return self._decode(self._window[: len(self._window) - waiting]).endswith(REPLACEMENT)
 
     def push(self, token_id: int) -> str:
         """Add a token; return the text that it settles, maybe none."""
