@@ -2,18 +2,25 @@
 
 import itertools
 import json
+import math
+import random
 from dataclasses import is_dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from dejavu.checkpoint import source
+from dejavu.checkpoint.layout import parse_quantization
 from dejavu.checkpoint.load import NAMES_SHOWN
+from dejavu.checkpoint.packed import save_packed
 from dejavu.checkpoint.source import open_checkpoint
+from dejavu.device import warn_once
 from dejavu.errors import CheckpointError, ConfigError, DejavuError, KernelUnavailable
 from dejavu.kernels import backend
+from dejavu.model.decoder import Decoder
 from dejavu.model.load import load_weights
 
 OPS = backend("reference")
@@ -300,3 +307,134 @@ def test_no_value_of_a_size_ends_in_another_kind_of_error(make_checkpoint, model
         with pytest.raises(DejavuError) as error:
             load(edit_config(folder, **{name: value}))
         assert "\n" not in str(error.value), name
+
+
+@pytest.mark.parametrize("model_type", ["opt", "llama"])
+def test_a_head_of_its_own_is_used_though_config_json_ties_it(make_checkpoint, model_type, caplog, tmp_path):
+    """As transformers does. The folder that is saved quantised keeps it too."""
+    folder = make_checkpoint(model_type, tie_word_embeddings=True)
+    warn_once.cache_clear()
+
+    def change(tensors):
+        (name,) = (name for name in tensors if name.endswith("embed_tokens.weight"))
+        tensors["lm_head.weight"] = tensors[name].clone()
+        tensors["lm_head.weight"][-1, -1] += 1
+
+    rewrite(folder, change)
+    config, weights = load(folder)
+    assert not config.tie_word_embeddings and torch.equal(weights.head, state(folder)["lm_head.weight"])
+    assert "lm_head.weight has values of its own; they are used" in caplog.text
+    ids = torch.tensor([[5, 6, 7]])
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ours = Decoder(config, weights, OPS)
+    logits = ours.prefill(ids[0], ours.new_cache(1, 3), all_logits=True)
+    torch.testing.assert_close(logits, theirs(ids).logits[0], rtol=0, atol=1e-4)
+    quantised = load(folder, quantization=parse_quantization("int8", True))[1]
+    save_packed(open_checkpoint(folder), quantised, tmp_path / "q")
+    again, saved = load(tmp_path / "q")
+    assert not again.tie_word_embeddings and torch.equal(saved.head.data, quantised.head.data)
+
+
+@pytest.mark.parametrize("model_type", ["opt", "llama"])
+def test_tied_weights_may_be_stored_as_the_head_alone(make_checkpoint, model_type):
+    folder = make_checkpoint(model_type, tie_word_embeddings=True)
+    expected = load(folder)[1]
+
+    def change(tensors):
+        (name,) = (name for name in tensors if name.endswith("embed_tokens.weight"))
+        tensors["lm_head.weight"] = tensors.pop(name)
+
+    assert same(load(rewrite(folder, change))[1], expected)
+
+
+def test_tensors_beside_the_model_are_warned_of_and_those_inside_a_layer_refused(make_checkpoint, refuse, caplog):
+    folder, extra = make_checkpoint("opt"), torch.ones(3)
+    expected = load(folder)[1]
+    warn_once.cache_clear()
+    rewrite(folder, lambda tensors: tensors.update({"v_head.summary.weight": extra, "score.bias": extra.clone()}))
+    assert same(load(folder)[1], expected)
+    assert "2 tensors are not part of the model: " in caplog.text and "v_head.summary.weight" in caplog.text
+    rewrite(folder, lambda tensors: tensors.update({"model.decoder.layers.0.self_attn.q_norm.weight": extra}))
+    assert "unexpected: " in refuse(folder) and "layers.0.self_attn.q_norm.weight" in refuse(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "method"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "awq"}, "awq"),
+        ({"quant_method": "fp8"}, "fp8"),
+        ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
+        ({"load_in_4bit": True}, "bitsandbytes, 4 bits"),
+        ({"load_in_8bit": True}, "bitsandbytes, 8 bits"),
+        ("x", "an unknown method"),
+    ],
+)
+def test_weights_that_another_tool_quantised_are_refused_by_its_name(make_checkpoint, refuse, settings, method):
+    message = refuse(edit_config(make_checkpoint("llama"), quantization_config=settings))
+    assert f"quantised already, by {method} (quantization_config)" in message
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "message"),
+    [
+        ("llama", {"sliding_window": 0}, "sliding_window must be a positive integer"),
+        ("llama", {"sliding_window": -3}, "sliding_window must be a positive integer"),
+        ("llama", {"rms_norm_eps": math.nan}, "rms_norm_eps must be a number in"),
+        ("llama", {"rms_norm_eps": -1}, "rms_norm_eps must be a number in"),
+        ("llama", {"rms_norm_eps": math.inf}, "rms_norm_eps must be a number in"),
+        ("llama", {"rms_norm_eps": 2}, "norm_eps must be in"),
+        ("llama", {"rms_norm_eps": True}, "rms_norm_eps must be a number"),
+        ("llama", {"rms_norm_eps": 10**400}, "rms_norm_eps must be a number in"),
+        ("llama", {"hidden_act": "fatrelu", "hidden_act_param": math.nan}, "hidden_act_param must be a number in"),
+        ("llama", {"rope_theta": math.inf}, "rope_theta must be a number in"),
+        ("llama", {"rope_theta": 0}, "rope_theta must be a number in"),
+        ("llama", {"rope_theta": -5.0}, "rope_theta must be a number in"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": math.nan}}, "factor must be a number in"),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": -2.0}}, "factor must be a number in"),
+        ("opt", {"max_position_embeddings": 2**60}, "max_position_embeddings must be a positive integer below"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(make_checkpoint, model_type, fields, message):
+    """Each would load, and give nonsense."""
+    folder = make_checkpoint(model_type)
+    config = {k: v for k, v in json.loads((folder / "config.json").read_text()).items() if k != "rope_parameters"}
+    kind = {"model_type": "mistral"} if "sliding_window" in fields else {}
+    (folder / "config.json").write_text(json.dumps(config | kind | fields))
+    with pytest.raises(DejavuError, match=message):
+        load(folder)
+
+
+def test_any_damage_to_a_checkpoint_is_a_clear_error_or_does_no_harm(make_checkpoint):
+    """1,000 configs and headers with a value, a key or a byte changed: loaded with sane numbers, or DejavuError."""
+    rng, loaded = random.Random(0), 0
+    values = [None, 0, -1, 1, 7, 2**70, 1.5, -0.5, math.nan, math.inf, 1e300, "", "x", "relu", True, False, [], [1], {}]
+    for model_type in ("opt", "llama"):
+        folder = make_checkpoint(model_type)
+        config, file = json.loads((folder / "config.json").read_text()), folder / "model.safetensors"
+        whole = file.read_bytes()
+        size = int.from_bytes(whole[:8], "little")
+        for turn in range(500):
+            if turn % 2:
+                other = dict(config)
+                for key in rng.sample(sorted(config), rng.choice([1, 1, 2])):
+                    other[key] = rng.choice(values)
+                    if rng.random() < 0.2:
+                        del other[key]
+                (folder / "config.json").write_text(json.dumps(other))
+                file.write_bytes(whole)
+            else:
+                (folder / "config.json").write_text(json.dumps(config))
+                data = bytearray(whole)
+                for _ in range(rng.choice([1, 1, 4])):
+                    data[rng.randrange(8 + size)] = rng.randrange(256)
+                file.write_bytes(bytes(data[: rng.choice([len(data), len(data), rng.randrange(len(data))])]))
+            try:
+                parsed, weights = load(folder)
+            except DejavuError:
+                continue
+            loaded += 1
+            assert 0 <= parsed.norm_eps <= 1 and (parsed.sliding_window is None or parsed.sliding_window > 0)
+            assert parsed.rope is None or 0 < parsed.rope.theta < math.inf
+            assert parsed.context >= 1 and weights.embed.shape == (parsed.vocab_size, parsed.embed_size)
+    assert 20 < loaded < 900

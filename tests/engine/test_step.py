@@ -85,6 +85,8 @@ def broken(folder: Path, tensor: str, value: float = math.nan, row: int = 0) -> 
     [
         ("layers.1.self_attn.v_proj.weight", math.nan, "layer 1: its attention for token 0 gives"),
         ("layers.1.self_attn.v_proj.weight", math.inf, "layer 1: its attention for token 0 gives"),
+        ("layers.0.self_attn.q_proj.weight", math.nan, "layer 0: its attention for token 0 gives"),
+        ("layers.1.self_attn.k_proj.bias", math.inf, "layer 1: its attention for token 0 gives"),
         ("layers.0.fc1.weight", math.nan, "layer 0: its MLP for token 0 gives"),
         ("layers.1.fc2.bias", -math.inf, "layer 1: its MLP for token 0 gives"),
         ("final_layer_norm.weight", math.nan, None),

@@ -42,7 +42,7 @@ def match(
     Raises: CheckpointError listing every tensor that is missing, unexpected inside a layer (it would change what that
         computes), wrongly shaped or of an unsupported dtype. What else is unexpected, a value head say, is warned of.
     """
-    found, filled, unexpected = {}, set(), []
+    found, filled, unexpected, twice = {}, set(), [], set()
     for name in checkpoint.headers:
         bare = [name.removeprefix(prefix) for prefix in prefixes if name.startswith(prefix)]
         bare = [renamed[name]] if name in renamed else bare
@@ -52,11 +52,12 @@ def match(
             filled.add(slot)
         elif not any(re.search(pattern, name) for pattern in ignored):
             unexpected.append(name)
+            twice |= {name} if any(b in slots for b in bare) else set()
     headers = {name: checkpoint.headers[name] for name in found}
     missing = [f"{name} {slot.shape}" for name, slot in slots.items() if name not in filled]
     problems = {
         "missing": missing,
-        "unexpected": [name for name in unexpected if missing or re.search(LAYER, name)],
+        "unexpected": [name for name in unexpected if missing or name in twice or re.search(LAYER, name)],
         "wrongly shaped": [
             f"{name} (expected {slots[found[name]].shape}, found {header.shape})"
             for name, header in headers.items()

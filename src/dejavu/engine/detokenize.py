@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 # Tokens of the prompt that are decoded before the first new one: decoders treat the start of a text apart
-# (SentencePiece drops its first space), and the new text does not start there.
-PROMPT_TAIL = 4
+# (SentencePiece drops its first space), and the new text does not start there. Enough for a whole character between one
+# that is cut off before it and one that is not complete after it.
+PROMPT_TAIL = 8
 # What decoders write for bytes that are no character, and for a character that is not complete.
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # A character has at most four bytes: of this many waiting tokens only the last character can be incomplete.
@@ -29,12 +30,19 @@ class Detokenizer:
         self._decode = decode
         self._window = list(prompt_ids[-PROMPT_TAIL:])
         # Tokens of a character that the prompt only begins: new ones may complete it, and then it is new text.
-        self._begun = next((n for n in range(MAX_WAITING) if not self._incomplete(n)), 0)
+        self._begun, start = self._find_begun()
+        self._window = self._window[start:]
         self._done = len(self._window) - self._begun  # tokens of the window that do not wait
         self._sent = len(decode(self._window[: self._done]))  # characters of the window's text that are out
 
-    def _incomplete(self, waiting: int) -> bool:
-        return self._decode(self._window[: len(self._window) - waiting]).endswith(REPLACEMENT)
+    def _find_begun(self) -> tuple[int, int]:
+        """How many last tokens of the window to leave out, and how many first ones, so that it ends in a character."""
+        size = len(self._window)
+        for begun in range(min(MAX_WAITING, size + 1)):
+            for start in range(max(1, min(MAX_WAITING, size - begun))):
+                if not self._decode(self._window[start : size - begun]).endswith(REPLACEMENT):
+                    return begun, start
+        return 0, 0
 
     def push(self, token_id: int) -> str:
         """Add a token; return the text that it settles, maybe none."""

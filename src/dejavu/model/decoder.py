@@ -268,7 +268,9 @@ class Decoder:
             1,
         )
         o = hooks.heads(i, y, o.transpose(0, 1).float()).transpose(0, 1)
-        out = torch.zeros(T, C, device=y.device)
+        # PyTorch's attention makes zeros of a query whose scores are all NaN; 0 times what is not finite is NaN.
+        low, high = qkv.aminmax()
+        out = torch.zeros(T, C, device=y.device) + (low * 0 + high * 0)
         for h in range(G * r):
             out += self.ops.matmul(o[h], blocks[h // r, r + 2 + h % r])
         return out if layer.attn.out_bias is None else out + layer.attn.out_bias

@@ -54,11 +54,7 @@ def test_every_format_decodes_and_starts_afresh(name, package, tmp_path):
 
 
 def test_a_conversion_that_fails_leaves_no_folder_and_its_message(monkeypatch, tmp_path):
-<<<<<<< HEAD
-    other = peers.Peer("hf-eager", "", "dejavu.bench.peers.hugging_face", ("torch",))
-=======
     other = peers.Peer("hf-eager", "", PEERS["hf-eager"].module, ("torch",))
->>>>>>> edges-c
     module = other._module
     monkeypatch.setattr(module, "convert", lambda *args: torch.zeros(1).view(2), raising=False)
     with pytest.raises(DejavuError, match=r"peer hf-eager failed: .*invalid for input of size 1"):

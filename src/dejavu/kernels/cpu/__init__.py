@@ -17,6 +17,9 @@ from torch import Tensor
 from dejavu.config import ACTIVATIONS
 from dejavu.device import check_threads, default_threads
 from dejavu.errors import CapacityError, ConfigError, KernelUnavailable
+
+if "DEJAVU_NATIVE" in os.environ:  # a folder with another build of the library, under sanitizers say
+    __path__.insert(0, os.environ["DEJAVU_NATIVE"])
 from dejavu.kernels.cpu import _native
 from dejavu.kernels.quantized import Quantized, Weight
 from dejavu.kernels.reference import Selection
