@@ -153,7 +153,9 @@ def _unwritable(path: Path, error: Exception) -> ConfigError:
     return ConfigError(f"{path}: cannot be written ({reason}); choose another place")
 
 
-def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Write a safetensors file, atomically. Raises: ConfigError as atomic_write does."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from time import perf_counter
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dejavu.artifacts import locked
 from dejavu.cli.options import (
     Backend,
     Dtype,
@@ -205,7 +206,8 @@ def _run(
     first = next(iter(engines.values()))
     job = Evaluation(first, [task for task in tasks.split(",") if task], **documents)
     try:
-        with _progress() as (progress, stage):
+        place = nullcontext() if run["output"] is None else locked(run["output"])
+        with place, _progress() as (progress, stage):
             return job.run(engines, identity=identify(name, first, settings), progress=progress, stage=stage, **run)
     except KeyboardInterrupt:
         kept = "nothing was kept (give --output)" if run["output"] is None else "the same command goes on from there"
