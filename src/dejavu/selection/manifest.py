@@ -39,8 +39,13 @@ class Field:
         return self.items()[key]
 
     def only(self, *keys: str) -> Field:
-        if self.items().keys() != set(keys):
-            self.fail(f"an object of {', '.join(keys)}")
+        for key in keys:
+            _ = self[key]
+        if unknown := self.value.keys() - set(keys):
+            found = ", ".join(sorted(unknown))[:60]
+            raise PackError(
+                f"{self._file}: {self._place or 'it'} must hold {', '.join(keys)}, found {found!r} too; get or fit it anew"
+            )
         return self
 
     def list(self) -> list[Field]:

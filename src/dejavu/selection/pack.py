@@ -1,9 +1,10 @@
 """The sparsity pack: predictors of one model, and the settings at which they were measured, in one folder.
 
 `pack.json` holds the schema version, which checkpoint it was made for, the lookahead, how it was made, and the
-frontier (`sha256` is of all this and the tensors: any changed byte is noticed): points from the most faithful to the cheapest, each with a cut for every block and what was measured with it.
+frontier: points from the most faithful to the cheapest, each with a cut for every block and what was measured with it.
 `predictors.safetensors` holds for block `b` the tensors `b.down` (R, C), `b.up` (N, R) and `b.bias` (N,); a single
 linear layer has no `b.down`. Quantised ones are the bytes of their rows; the manifest's `rows` names format and width.
+`sha256` is of the manifest and the tensors: any changed byte is noticed.
 """
 
 from __future__ import annotations
