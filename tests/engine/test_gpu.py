@@ -72,8 +72,9 @@ def test_a_packs_text_is_the_reference_backends(tiny_checkpoint, tmp_path, promp
     predictors, cuts = {}, []
     for block in range(2 * c.num_hidden_layers):
         units = (c.num_attention_heads, c.intermediate_size)[block % 2]
-        up = torch.randn(units, 16, generator=generator)
-        predictors[block] = Predictor(torch.randn(16, c.hidden_size, generator=generator) / 4, up, torch.zeros(units))
+        up = torch.randn(units, 16, generator=generator).bfloat16()
+        down = (torch.randn(16, c.hidden_size, generator=generator) / 4).bfloat16()
+        predictors[block] = Predictor(down, up, torch.zeros(units))
         cuts.append(Cut(units // 2 + 1, 0.5))
     measured = {"ppl_increase": 0.0, "kl": 0.0, "mlp_density": 0.5, "attn_density": 0.5, "bytes": 1.0}
     base = {"name": "tiny", "hash": engine.checkpoint.hash}

@@ -8,16 +8,15 @@ kernels.quantized lays them out.
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from tempfile import mkdtemp
 
 from torch import Tensor
 
+from dejavu.artifacts import check_new as nothing_there
+from dejavu.artifacts import write_json, write_tensors
 from dejavu.checkpoint.layout import Quantization, Weights
 from dejavu.checkpoint.slots import Slot
 from dejavu.checkpoint.source import CONFIG, SMALL_FILES, WEIGHT_FILES, Checkpoint
@@ -40,7 +39,7 @@ def packed_settings(checkpoint: Checkpoint) -> tuple[Quantization, str] | None:
     if not isinstance(saved, dict) or saved.get("schema_version") != SCHEMA_VERSION:
         found = saved.get("schema_version") if isinstance(saved, dict) else saved
         raise CheckpointError(f"{file}: {KEY} must have schema_version {SCHEMA_VERSION}, found {found!r}")
-    kinds = {"weights": str, "embeddings": bool, "dtype": str}
+    kinds = {"weights": str, "embeddings": bool, "dtype": str, "base_hash": str}
     if bad := [name for name, kind in kinds.items() if not isinstance(saved.get(name), kind)]:
         raise CheckpointError(f"{file}: {KEY}: {bad[0]} is missing or wrong; quantise the model again")
     try:
@@ -49,23 +48,30 @@ def packed_settings(checkpoint: Checkpoint) -> tuple[Quantization, str] | None:
         raise CheckpointError(f"{file}: {KEY}: {error}") from error
 
 
+def hashes(checkpoint: Checkpoint) -> Iterator[str]:
+    """The hashes of weights for which a pack may have been made: those that this was quantised from, and its own.
+
+    Raises: CheckpointError as packed_settings does.
+    """
+    if packed_settings(checkpoint) is not None:
+        yield checkpoint.config[KEY]["base_hash"]
+    yield checkpoint.hash
+
+
 def packed_slots(weights: Weights) -> dict[str, Slot]:
     """Where each tensor of a saved quantised model goes."""
     return {name: Slot(tensor) for name, tensor in _named(weights)}
 
 
 def save_packed(checkpoint: Checkpoint, weights: Weights, out: Path) -> None:
-    """Write a quantised model; the folder appears complete or not at all.
+    """Fill a folder with a quantised model.
 
     Args:
         checkpoint: what the weights were read from; its small files are copied.
         weights: quantised.
-        out: must not exist; its parent must.
+        out: an empty folder (see artifacts.new_folder).
     Raises: ConfigError where it cannot be written.
     """
-    from safetensors.torch import save_file
-
-    check_new(out)
     assert weights.quantization is not None
     saved = {
         "schema_version": SCHEMA_VERSION,
@@ -74,28 +80,16 @@ def save_packed(checkpoint: Checkpoint, weights: Weights, out: Path) -> None:
         "dtype": str(weights.dtype).removeprefix("torch."),
         "base_hash": checkpoint.hash,
     }
-    folder = None
-    try:
-        folder = Path(mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        for pattern in SMALL_FILES:
-            for file in checkpoint.path.glob(pattern):
-                shutil.copyfile(file, folder / file.name)
-        (folder / CONFIG).write_text(json.dumps(checkpoint.config | {KEY: saved}, indent=2) + "\n", encoding="utf-8")
-        save_file(dict(_named(weights)), folder / WEIGHT_FILES[0], metadata={"format": "pt"})
-        (folder / WEIGHT_FILES[0]).chmod(0o644)
-        folder.chmod(0o755)  # made for its owner alone
-        os.rename(folder, out)
-    except OSError as error:
-        raise ConfigError(f"{out}: cannot be written ({error.strerror or error}); choose another place") from error
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+    for pattern in SMALL_FILES:
+        for file in checkpoint.path.glob(pattern):
+            shutil.copyfile(file, out / file.name)
+    write_json(out / CONFIG, checkpoint.config | {KEY: saved})
+    write_tensors(out / WEIGHT_FILES[0], dict(_named(weights)), {"format": "pt"})
 
 
 def check_new(out: Path) -> None:
     """Raises: ConfigError where a folder cannot be made at `out`."""
-    if out.exists() or out.is_symlink():
-        raise ConfigError(f"{out}: exists already, and nothing is overwritten; choose another place")
+    nothing_there(out)
     if not out.parent.is_dir():
         raise ConfigError(f"{out}: there is no folder {out.parent}; make it first")
 

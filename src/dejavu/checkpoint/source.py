@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dejavu.artifacts import read_json
+from dejavu.checkpoint.remember import remembered
 from dejavu.errors import CapacityError, CheckpointError, ConfigError
 
 BUNDLED = "opt-mini"
@@ -111,7 +112,14 @@ class Checkpoint:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256, in hex, of config.json and every tensor by name: the same however the files are sharded."""
+        """SHA-256, in hex, of config.json and every tensor by name: the same however the files are sharded.
+
+        Remembered, see checkpoint.remember, because reading every byte takes long.
+        """
+        files = {self.path / CONFIG, *(header.file for header in self.headers.values())}
+        return remembered(self.path, files | set(self.path.glob("*.index.json")), self._read_hash)
+
+    def _read_hash(self) -> str:
         digest = hashlib.sha256((self.path / CONFIG).read_bytes())
         for name, first, rows in self.tensors(dict.fromkeys(sorted(self.headers), 1)):
             if first == 0:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dejavu.artifacts import to_json, write_json
+from dejavu.artifacts import locked, to_json, write_json
 from dejavu.cli.options import Backend, Json, Threads
 from dejavu.config import SelectionConfig
 from dejavu.errors import ConfigError
@@ -104,7 +105,7 @@ def bench(
         _open(output, partial)
 
     err = Console(stderr=True)
-    with _Bar(err) as bar:
+    with nullcontext() if output is None else locked(output), _Bar(err) as bar:
         fields = measure(
             subject,
             ops,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from time import perf_counter
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dejavu.artifacts import to_json
+from dejavu.artifacts import locked, to_json
 from dejavu.cli.options import (
     AttnDensity,
     Backend,
@@ -214,7 +214,8 @@ def _run(
     first = next(iter(engines.values()))
     job = Evaluation(first, [task for task in tasks.split(",") if task], **documents)
     try:
-        with _progress() as (progress, stage):
+        place = nullcontext() if run["output"] is None else locked(run["output"])
+        with place, _progress() as (progress, stage):
             return job.run(engines, identity=identify(name, first, settings), progress=progress, stage=stage, **run)
     except KeyboardInterrupt:
         kept = "nothing was kept (give --output)" if run["output"] is None else "the same command goes on from there"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -60,8 +61,17 @@ def _options(
     """
 
 
+def _terminate(number: int, frame: object) -> None:
+    """End as after Ctrl-C, by an exception: temporary files are removed, and what is whole stays."""
+    raise SystemExit(128 + number)
+
+
 def main() -> None:
     """Run the command with the process's arguments."""
+    signal.signal(signal.SIGTERM, _terminate)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller: nobody wants to read it
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, it lives as long as the process
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # text of a model may hold characters that the terminal lacks
     try:

@@ -60,6 +60,7 @@ def profile(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from dejavu.artifacts import locked
     from dejavu.checkpoint.source import BUNDLED, open_checkpoint
     from dejavu.profile.run import profile as run
 
@@ -77,7 +78,7 @@ def profile(
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     try:
-        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        with locked(output), Progress(*columns, console=console, disable=not console.is_terminal) as bar:
             tasks = {}
 
             def show(stage: str, done: int, total: int) -> None:

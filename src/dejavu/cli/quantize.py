@@ -26,6 +26,7 @@ def quantize(
     """
     from rich.filesize import decimal
 
+    from dejavu.artifacts import new_folder
     from dejavu.checkpoint.layout import parse_quantization
     from dejavu.checkpoint.packed import check_new, packed_settings, save_packed
     from dejavu.checkpoint.source import open_checkpoint
@@ -38,11 +39,11 @@ def quantize(
     checkpoint = open_checkpoint(model, revision=revision)
     if packed_settings(checkpoint) is not None:
         raise ConfigError(f"{model}: is quantised already; start from the model it was made of")
-    with progress_bar(f"Quantising {model}") as progress:
+    with new_folder(out) as folder, progress_bar(f"Quantising {model}") as progress:
         _, loaded = load_weights(
             checkpoint, ops=backend("cpu"), dtype=dtype, quantization=quantization, progress=progress
         )
-    save_packed(checkpoint, loaded, out)
+        save_packed(checkpoint, loaded, folder)
     size = sum(file.stat().st_size for file in out.iterdir())
     if as_json:
         facts = {"model": model, "out": str(out), "weights": quantization.weights.name}

@@ -237,7 +237,7 @@ class Engine:
         if selection.pack is not None:
             assert self.checkpoint is not None, "a pack is checked against a checkpoint"
             pack = load_pack(selection.pack, device=d.device)
-            check_pack(pack, selection.pack, d.config, self.checkpoint.hash)
+            check_pack(pack, selection.pack, d.config, self.checkpoint)
             return pack.selector(d.config, d.ops, selection.quality)
         importance = None
         if calibration is not None:

@@ -57,7 +57,16 @@ def collect(
     done, sizes = 0, {}
     if state.exists():
         saved = read_json(state)
-        done, sizes = saved["windows"], saved["bytes"]
+        done, sizes = saved.get("windows"), saved.get("bytes")
+        if type(done) is not int or not isinstance(sizes, dict):
+            raise ConfigError(f"{state}: is damaged (expected windows and bytes); remove {folder.parent} to begin anew")
+        for name, size in sizes.items():
+            found = (folder / name).stat().st_size if (folder / name).exists() else 0
+            if found < size:
+                raise ConfigError(
+                    f"{folder / name}: is damaged (expected {size} bytes, found {found}); remove {folder.parent} to "
+                    "begin anew"
+                )
     if done >= count:
         return
     recorder = _Recorder(decoder, folder, label_error)

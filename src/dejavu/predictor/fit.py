@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from dejavu.artifacts import atomic_write, read_json, write_json
+from dejavu.artifacts import atomic_write, check_new, locked, read_json, write_json, write_tensors
 from dejavu.config import ZEROING_ACTIVATIONS
 from dejavu.device import free_memory
 from dejavu.engine.bytes import step_bytes
@@ -66,15 +66,21 @@ def fit(
     """
     config = (config or FitConfig()).within(engine.config.context)
     out = Path(out)
-    if out.exists():
-        raise ConfigError(f"{out}: is there already; name another folder, or remove it")
+    check_new(out)
     activation = engine.config.activation
     if config.label_error == 0 and activation not in ZEROING_ACTIVATIONS:
         raise ConfigError(
             f"{activation} is never zero, so every neuron is active: give a label error, say 0.1; then those count as "
             "active that must stay so that no more than this share of the norm of the MLP's output is left out"
         )
-    work = _Work(out.with_name(out.name + ".work"), engine, config, progress or (lambda *_: None))
+    with locked(out.with_name(out.name + ".work")) as folder:
+        check_new(out)  # another fit may just have ended
+        return _run(_Work(folder, engine, config, progress or (lambda *_: None)), documents, check, out, stage)
+
+
+def _run(
+    work: _Work, documents: Iterable[str], check: Iterable[str] | None, out: Path, stage: Stage | None
+) -> Pack | None:
     try:
         work.prepare(documents, check)
         work.collect()
@@ -85,7 +91,7 @@ def fit(
             return None
         pack = work.calibrate(predictors)
         pack.save(out)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise ConfigError(
             f"{work.folder}: cannot be written ({error}); free some space, and the same call goes on"
         ) from error
@@ -160,7 +166,15 @@ class _Work:
         return self._config.calibration_tokens // self._config.window
 
     def _windows(self, first: int, count: int) -> list[list[int]]:
-        return np.load(self.folder / "windows.npy", allow_pickle=False)[first : first + count].tolist()
+        path = self.folder / "windows.npy"
+        try:
+            windows = np.load(path, allow_pickle=False)
+            wanted = _collected_windows(self._config) + 2 * self._judged_windows, self._config.window
+            if windows.shape != wanted:
+                raise ValueError(f"expected {wanted[0]} windows of {wanted[1]} tokens")
+        except (ValueError, EOFError) as error:
+            raise _damaged(path, error) from error
+        return windows[first : first + count].tolist()
 
     def collect(self) -> None:
         count = _collected_windows(self._config)
@@ -184,10 +198,11 @@ class _Work:
             if not path.exists():
                 with torch.inference_mode(False), torch.random.fork_rng():
                     tensors = self._train_layer(collected, layer)
-                temporary = path.with_suffix(".tmp")
-                save_file(tensors, temporary)
-                os.replace(temporary, path)
-            tensors = load_file(path)
+                write_tensors(path, tensors)
+            try:
+                tensors = load_file(path)
+            except (SafetensorError, ValueError) as error:
+                raise _damaged(path, error) from error
             for block, part in ((2 * layer, "heads"), (2 * layer + 1, "neurons")):
                 parameters = (tensors.get(f"{part}.{name}") for name in ("down", "up", "bias"))
                 predictors[block] = stored(tuple(parameters), self._config.row_format)
@@ -217,6 +232,20 @@ class _Work:
             if tensor is not None
         }
 
+    def _calibrated(self, path: Path) -> dict[str, dict[str, Any]]:
+        """What was measured before, as JSON."""
+        if not path.exists():
+            return {"probes": {}, "measured": {}}
+        saved, names = read_json(path), {field.name for field in fields(calibrate.Measured)}
+        probes, measured = saved.get("probes"), saved.get("measured")
+        if (
+            not (isinstance(probes, dict) and isinstance(measured, dict))
+            or not all(type(value) in (int, float) for value in probes.values())
+            or not all(isinstance(found, dict) and found.keys() == names for found in measured.values())
+        ):
+            raise _damaged(path, "expected probes and measured")
+        return saved
+
     def calibrate(self, predictors: dict[int, Predictor]) -> Pack:
         c, config, weights, ops = self._engine.config, self._config, self._decoder.weights, self._decoder.ops
         blocks = 2 * c.num_hidden_layers
@@ -233,7 +262,7 @@ class _Work:
             select = calibrate.make_select(predictors, self._lookahead, c, ops)
             search = calibrate.Search(options, blocks)
             state = self.folder / "calibrated.json"
-            saved: dict[str, Any] = read_json(state) if state.exists() else {"probes": {}, "measured": {}}
+            saved = self._calibrated(state)
             steps, done = blocks + len(LADDER) + HALVINGS + 1, 0
 
             def remember(kind: str, key: str, value: Callable[[], Any]) -> Any:
@@ -354,6 +383,10 @@ def push(source: str | os.PathLike, repo: str, *, private: bool = False) -> str:
         )
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise ConfigError(f"{repo}: cannot be uploaded ({' '.join(str(error).split())[:300]})") from error
+
+
+def _damaged(path: Path, reason: object) -> ConfigError:
+    return ConfigError(f"{path}: is damaged ({reason}); remove {path.parent} to begin anew")
 
 
 def _collected_windows(config: FitConfig) -> int:

@@ -4,12 +4,13 @@
 frontier: points from the most faithful to the cheapest, each with a cut for every block and what was measured with it.
 `predictors.safetensors` holds for block `b` the tensors `b.down` (R, C), `b.up` (N, R) and `b.bias` (N,); a single
 linear layer has no `b.down`. Quantised ones are the bytes of their rows; the manifest's `rows` names format and width.
+`sha256` is of the manifest and the tensors: any changed byte is noticed.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,18 +18,21 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch import Tensor
 
-from dejavu.artifacts import read_json, write_json
-from dejavu.checkpoint.source import BUNDLED
+from dejavu.artifacts import new_folder, read_json, write_json, write_tensors
+from dejavu.checkpoint.packed import hashes
+from dejavu.checkpoint.source import BUNDLED, Checkpoint
 from dejavu.config import ModelConfig
 from dejavu.errors import ConfigError, PackError
 from dejavu.kernels.base import Backend
 from dejavu.kernels.quantized import Quantized, RowFormat, Weight
+from dejavu.selection.manifest import MOST_THRESHOLD, Field, digest, measured
 from dejavu.selection.predictor import HEADS, Lookahead, Predictor, PredictorSelector
 from dejavu.selection.selector import Cut
 
-SCHEMA = 2
+# Schema 2 had no sha256; such packs still load.
+SCHEMA, WITHOUT_HASH = 3, 2
 MANIFEST, TENSORS = "pack.json", "predictors.safetensors"
 
 
@@ -86,24 +90,11 @@ class Pack:
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write the pack; the folder appears whole or not at all. Raises: ConfigError where something is there."""
-        folder = Path(folder)
-        if folder.exists():
-            raise ConfigError(f"{folder}: is there already; name another folder, or remove it")
-        parts = {
-            name: (weight.data if isinstance(weight, Quantized) else weight).contiguous()
-            for name, weight in self._weights().items()
-        }
-        temporary = folder.with_name(f".{folder.name}.tmp")
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            save_file(parts, temporary / TENSORS)
-            write_json(temporary / MANIFEST, self._manifest())
-            os.replace(temporary, folder)
-        except OSError as error:
-            raise ConfigError(f"{folder}: cannot be written ({error.strerror or error})") from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        parts = {n: weight.data if isinstance(weight, Quantized) else weight for n, weight in self._weights().items()}
+        with new_folder(folder) as made:
+            write_tensors(made / TENSORS, parts)
+            manifest = self._manifest()
+            write_json(made / MANIFEST, manifest | {"sha256": digest(manifest, made / TENSORS)})
 
     def _weights(self) -> dict[str, Weight]:
         return {
@@ -139,45 +130,123 @@ def load_pack(source: str | os.PathLike, *, revision: str | None = None, device:
     """
     folder = _find(source, revision)
     data = read_json(folder / MANIFEST, PackError)
-    if data.get("schema") != SCHEMA:
-        raise PackError(f"{folder / MANIFEST}: expected schema {SCHEMA}, found {data.get('schema')!r}; fit it anew")
+    pack, rows = _parse(Field(data, folder / MANIFEST))
     try:
-        points = [
-            Point(tuple(None if c is None else Cut(**c) for c in p["cuts"]), p["measured"]) for p in data["points"]
-        ]
-        pack = Pack(data["base"], Lookahead(**data["lookahead"]), {}, points, data["default"], data["made"])
-        pack.points[pack.default].measured["bytes"], pack.base["hash"]
-        rows = {name: (RowFormat.parse(row["format"]), row["width"]) for name, row in data["rows"].items()}
-    except (KeyError, TypeError, IndexError, AttributeError, ConfigError) as error:
-        raise PackError(f"{folder / MANIFEST}: is damaged ({type(error).__name__}: {error})") from error
-    try:
+        if data["schema"] == SCHEMA and digest(data, folder / TENSORS) != data["sha256"]:
+            raise PackError(f"{folder}: is damaged, or was edited (its sha256 is another); get or fit it anew")
         with safe_open(folder / TENSORS, "pt", device=str(device)) as file:
-            tensors: dict[str, Weight] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        for name, (form, width) in rows.items():
-            if tensors[name].shape[-1] != form.row_bytes(width):
-                raise PackError(f"{folder / TENSORS}: {name} is not made of rows of {form.name}; fit it anew")
-            tensors[name] = Quantized(tensors[name], width, form)
-        for block in sorted({int(name.partition(".")[0]) for name in tensors}):
-            pack.predictors[block] = Predictor(
-                tensors.get(f"{block}.down"), tensors[f"{block}.up"], tensors[f"{block}.bias"]
-            )
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError, ValueError) as error:
         raise PackError(f"{folder / TENSORS}: is missing or damaged ({error})") from error
+    _attach(pack, tensors, rows, folder / TENSORS)
     return pack
 
 
-def check_pack(pack: Pack, source: str | os.PathLike, config: ModelConfig, checkpoint_hash: str) -> None:
+def _parse(data: Field) -> tuple[Pack, dict[str, tuple[RowFormat, int]]]:
+    """The pack without its predictors, and the formats of quantised tensors. Raises: PackError naming the field."""
+    if data["schema"].integer(0) not in (SCHEMA, WITHOUT_HASH):
+        data["schema"].fail(f"{SCHEMA}, or {WITHOUT_HASH} of an older pack")
+    data.only(
+        "schema",
+        "base",
+        "lookahead",
+        "rows",
+        "default",
+        "points",
+        "made",
+        *["sha256"] * (data.value["schema"] == SCHEMA),
+    )
+    sha = "[0-9a-f]{64}", "64 hexadecimal digits"
+    if data.value["schema"] == SCHEMA:
+        data["sha256"].text(*sha)
+    base = {"name": data["base"].only("name", "hash")["name"].text(), "hash": data["base"]["hash"].text(*sha)}
+    ahead = data["lookahead"].only("heads", "neurons")
+    points = []
+    for point in data["points"].list():
+        cuts = point.only("cuts", "measured")["cuts"].list()
+        points.append(Point(tuple(map(_cut, cuts)), measured(point["measured"])))
+        if len(cuts) % 2 or len(cuts) != len(points[0].cuts):
+            point["cuts"].fail("as long as those of the first point, and of two blocks a layer")
+    if not points:
+        data["points"].fail("at least one point")
+    rows = {}
+    for name, row in data["rows"].items().items():
+        kind = row.only("format", "width")["format"]
+        try:
+            rows[name] = RowFormat.parse(kind.text()), row["width"].integer(1, 1 << 24)
+        except ConfigError:
+            kind.fail("a format of rows, such as int4")
+    made = data["made"].items()
+    if "checked" in made:
+        measured(made["checked"])
+    lookahead = Lookahead(ahead["heads"].integer(0), ahead["neurons"].integer(0))
+    return Pack(base, lookahead, {}, points, data["default"].integer(0, len(points) - 1), data.value["made"]), rows
+
+
+def _cut(cut: Field) -> Cut | None:
+    if cut.value is None:
+        return None
+    k, threshold = cut.only("k", "threshold")["k"].integer(1), cut["threshold"]
+    return Cut(k, None if threshold.value is None else threshold.number(-MOST_THRESHOLD, MOST_THRESHOLD))
+
+
+def _attach(pack: Pack, tensors: dict[str, Tensor], rows: dict[str, tuple[RowFormat, int]], file: Path) -> None:
+    """Make the predictors. Raises: PackError naming the tensor that is missing, or not what a predictor is made of."""
+
+    def bad(name: str, expected: str) -> PackError:
+        found = f"{tensors[name].dtype} {tuple(tensors[name].shape)}" if name in tensors else "nothing"
+        return PackError(f"{file}: {name} must be {expected}, found {found}; get or fit the pack anew")
+
+    weights: dict[str, Weight] = {}
+    for name in tensors.keys() | rows.keys():
+        tensor, blocks = tensors.get(name), len(pack.points[0].cuts)
+        found = re.fullmatch(r"([0-9]{1,6})\.(down|up|bias)", name)
+        if found is None or int(found[1]) >= blocks or str(int(found[1])) != found[1]:
+            raise bad(name, f"of a block below {blocks}, and called down, up or bias")
+        if found[2] == "bias":
+            kind, expected = (torch.float32, 1), "float32 (N,)"
+        elif name in rows:
+            form, width = rows[name]
+            kind, expected = (torch.uint8, 2), f"uint8 rows of {width} values in {form.name}"
+        else:
+            kind, expected = (torch.bfloat16, 2), "bfloat16 (N, C)"
+        if tensor is None or (tensor.dtype, tensor.dim()) != kind or not tensor.numel():
+            raise bad(name, expected)
+        if name in rows:
+            if tensor.shape[1] != form.row_bytes(width):
+                raise PackError(f"{file}: {name} is not made of rows of {form.name} of {width} values; fit it anew")
+            weights[name] = Quantized(tensor.contiguous(), width, form)
+            numbers = [part for part in weights[name].parts()[1:] if part is not None]
+        else:
+            weights[name], numbers = tensor, [tensor]
+        if not all(part.isfinite().all() for part in numbers):
+            raise bad(name, "finite")
+    for block in sorted({int(name.partition(".")[0]) for name in weights}):
+        for part in ("up", "bias"):
+            if f"{block}.{part}" not in weights:
+                raise bad(f"{block}.{part}", "there")
+        p = Predictor(weights.get(f"{block}.down"), weights[f"{block}.up"], weights[f"{block}.bias"])
+        if p.bias.shape[0] != p.up.shape[0] or (p.down is not None and p.down.shape[0] != p.up.shape[1]):
+            raise bad(f"{block}.up", "as many rows as bias has values, as wide as down has rows")
+        pack.predictors[block] = p
+
+
+def check_pack(pack: Pack, source: str | os.PathLike, config: ModelConfig, checkpoint: Checkpoint) -> None:
     """Raises: PackError where the pack was made for other weights, or its tensors don't fit the model."""
-    if pack.base["hash"] != checkpoint_hash:
+    if pack.base["hash"] not in hashes(checkpoint):
         raise PackError(
             f"{source}: was made for {pack.base.get('name')} with hash {pack.base['hash'][:12]}, but this checkpoint's "
-            f"is {checkpoint_hash[:12]}; fit a pack for these weights"
+            f"is {checkpoint.hash[:12]}; fit a pack for these weights"
         )
     blocks = 2 * config.num_hidden_layers
     for point in pack.points:
         wanted = {b for b, cut in enumerate(point.cuts) if cut is not None}
         if len(point.cuts) != blocks or not wanted <= pack.predictors.keys():
             raise PackError(f"{source}: its cuts don't fit a model of {config.num_hidden_layers} layers; fit it anew")
+        for block, cut in enumerate(point.cuts):
+            units = config.num_attention_heads if block % 2 == HEADS else config.intermediate_size
+            if cut is not None and cut.k > units:
+                raise PackError(f"{source}: block {block} keeps up to {cut.k} of {units} units; fit it anew")
     for block, p in pack.predictors.items():
         units = config.num_attention_heads if block % 2 == HEADS else config.intermediate_size
         inner = p.up.shape[1] if p.down is None else p.down.shape[1]
