@@ -25,6 +25,7 @@ from dejavu.model.hooks import TokenMasks
 from dejavu.predictor.collect import Collected, _Recorder, collect, most_of_the_norm
 from dejavu.predictor.fit import fit, needs, tune
 from dejavu.predictor.settings import FitConfig
+from dejavu.selection.manifest import digest
 from dejavu.selection.oracle import OutputNorms
 from dejavu.selection.pack import load_pack
 from dejavu.selection.predictor import Lookahead, Predictor, PredictorSelector
@@ -217,17 +218,19 @@ def test_packs_are_checked(engine, pack_folder, tmp_path, make_checkpoint):
     def edit(**fields):
         def change(folder):
             data = json.loads((folder / "pack.json").read_text())
-            (folder / "pack.json").write_text(json.dumps(data | fields))
+            data |= fields
+            data["sha256"] = digest(data, folder / "predictors.safetensors")
+            (folder / "pack.json").write_text(json.dumps(data))
 
         return change
 
     cut = (pack_folder / "predictors.safetensors").read_bytes()[:5000]
     for change, message in [
-        (edit(schema=9), "expected schema 2, found 9"),
+        (edit(schema=9), "schema must be 3, or 2 of an older pack, found 9"),
         (edit(rows={"1.up": {"format": "int4", "width": 500}}), "not made of rows of int4"),
-        (edit(rows={"1.up": {"format": "int3", "width": 16}}), "is damaged"),
-        (edit(points=[{}]), "is damaged"),
-        (edit(default=99), "is damaged"),
+        (edit(rows={"1.up": {"format": "int3", "width": 16}}), "must be a format of rows"),
+        (edit(points=[{}]), "lacks cuts"),
+        (edit(default=99), "default must be an integer in"),
         (edit(base={"name": "other", "hash": "0" * 64}), "was made for other with hash 000000000000"),
         (lambda f: (f / "predictors.safetensors").unlink(), "missing or damaged"),
         (lambda f: (f / "predictors.safetensors").write_bytes(cut), "missing or damaged"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -63,6 +64,7 @@ def bench(
     """
     from rich.console import Console
 
+    from dejavu.artifacts import locked
     from dejavu.bench import record, report, settings
     from dejavu.bench.overhead import overhead_share
     from dejavu.bench.run import measure
@@ -95,7 +97,7 @@ def bench(
         raise ConfigError(f"{output}: is not a folder; choose another place")
 
     err = Console(stderr=True)
-    with _Bar(err) as bar:
+    with nullcontext() if output is None else locked(output), _Bar(err) as bar:
         fields = measure(
             subject, ops, chosen, others, new_tokens=new_tokens, repeat=repeat, threads=threads, work=work, progress=bar
         )
