@@ -224,16 +224,17 @@ def test_packs_are_checked(engine, pack_folder, tmp_path, make_checkpoint):
 
         return change
 
+    rows = json.loads((pack_folder / "pack.json").read_text())["rows"]
     cut = (pack_folder / "predictors.safetensors").read_bytes()[:5000]
     for change, message in [
         (edit(schema=9), "schema must be 3, or 2 of an older pack, found 9"),
-        (edit(rows={"1.up": {"format": "int4", "width": 500}}), "not made of rows of int4"),
+        (edit(rows=rows | {"1.up": {"format": "int4", "width": 500}}), "not made of rows of int4"),
         (edit(rows={"1.up": {"format": "int3", "width": 16}}), "must be a format of rows"),
         (edit(points=[{}]), "lacks cuts"),
         (edit(default=99), "default must be an integer in"),
         (edit(base={"name": "other", "hash": "0" * 64}), "was made for other with hash 000000000000"),
         (lambda f: (f / "predictors.safetensors").unlink(), "missing or damaged"),
-        (lambda f: (f / "predictors.safetensors").write_bytes(cut), "missing or damaged"),
+        (lambda f: (f / "predictors.safetensors").write_bytes(cut), "is damaged, or was edited"),
         (lambda f: (f / "pack.json").unlink(), "pack.json: cannot be read"),
     ]:
         with pytest.raises(PackError, match=message):
