@@ -4,12 +4,23 @@ import errno
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import dejavu
-from dejavu.artifacts import atomic_write, read_json, to_json, write_json
+from dejavu.artifacts import (
+    atomic_write,
+    locked,
+    new_folder,
+    read_json,
+    to_json,
+    write_json,
+    write_tensors,
+)
 from dejavu.errors import CheckpointError, ConfigError
 
 
@@ -109,3 +120,52 @@ def test_read_json_names_the_file_and_the_fault(tmp_path, content, complaint):
     with pytest.raises(CheckpointError, match=complaint) as error:
         read_json(path, CheckpointError)
     assert str(path) in str(error.value)
+
+
+HOLD = """
+import sys, time
+from dejavu.artifacts import atomic_write, locked, new_folder, read_json, write_json, write_tensors
+with locked(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_folder_is_one_processs_until_it_ends_even_by_a_kill(tmp_path):
+    folder = tmp_path / "work"
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(ConfigError, match="another process works there"), locked(folder):
+            pass
+        other.kill()
+    with locked(folder) as held:
+        assert held == folder
+
+
+def test_a_new_folder_appears_whole_and_nothing_is_left_of_one_that_failed(tmp_path):
+    with pytest.raises(ConfigError, match="No space left"), new_folder(tmp_path / "a") as folder:
+        (folder / "half").touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert os.listdir(tmp_path) == []
+    with new_folder(tmp_path / "a") as folder:
+        write_tensors(folder / "t.safetensors", {"x": torch.zeros(3)})
+        (folder / "plain").touch()
+        assert not (tmp_path / "a").exists()
+    assert os.listdir(tmp_path) == ["a"]
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "a").iterdir()}
+    assert modes["t.safetensors"] == modes["plain"]  # the umask's
+    with pytest.raises(ConfigError, match="is there already"), new_folder(tmp_path / "a"):
+        pass
+
+
+def test_tensors_that_do_not_fit_are_one_line_with_the_file_and_the_reason(tmp_path):
+    code = (
+        "import resource, signal, sys, torch; from dejavu.artifacts import write_tensors\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "from dejavu.errors import ConfigError\n"
+        "try: write_tensors(sys.argv[1], {'x': torch.zeros(100000)})\n"
+        "except ConfigError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "t")], capture_output=True, text=True)
+    assert f"{tmp_path / 't'}: cannot be written" in done.stdout and done.stdout.count("\n") == 1, done
+    assert os.listdir(tmp_path) == []

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from dejavu.artifacts import new_folder
 from dejavu.checkpoint import source
 from dejavu.checkpoint.layout import parse_quantization
 from dejavu.checkpoint.load import NAMES_SHOWN
@@ -330,7 +331,8 @@ def test_a_head_of_its_own_is_used_though_config_json_ties_it(make_checkpoint, m
     logits = ours.prefill(ids[0], ours.new_cache(1, 3), all_logits=True)
     torch.testing.assert_close(logits, theirs(ids).logits[0], rtol=0, atol=1e-4)
     quantised = load(folder, quantization=parse_quantization("int8", True))[1]
-    save_packed(open_checkpoint(folder), quantised, tmp_path / "q")
+    with new_folder(tmp_path / "q") as out:
+        save_packed(open_checkpoint(folder), quantised, out)
     again, saved = load(tmp_path / "q")
     assert not again.tie_word_embeddings and torch.equal(saved.head.data, quantised.head.data)
 

@@ -242,3 +242,34 @@ def test_a_file_is_not_a_checkpoint(tmp_path):
 def test_a_revision_needs_the_hub(tmp_path):
     with pytest.raises(ConfigError, match="revision"):
         open_checkpoint(write(tmp_path / "m"), revision="main")
+
+
+def test_a_hash_is_remembered_until_a_file_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("dejavu.checkpoint.remember.SETTLED_NS", 0)
+    folder, reads = write(tmp_path / "model"), []
+    read = Checkpoint._read_hash
+    monkeypatch.setattr(Checkpoint, "_read_hash", lambda self: reads.append(1) or read(self))
+    first = open_checkpoint(folder).hash
+    assert open_checkpoint(folder).hash == first and len(reads) == 1
+    # As large and as old as before, and at the same place: only the ctime tells.
+    file = folder / "model.safetensors"
+    times, data = file.stat(), bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    second = open_checkpoint(folder).hash
+    assert second != first and len(reads) == 2
+    for damaged in ("", "[]", '{"files": 5}', '{"hash": 5}'):
+        next((tmp_path / "cache/dejavu/hashes").iterdir()).write_text(damaged)
+        assert open_checkpoint(folder).hash == second
+    assert len(reads) == 6
+    (tmp_path / "file").touch()  # a cache that cannot be written
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert open_checkpoint(folder).hash == second and len(reads) == 7
+
+
+def test_a_hash_of_files_that_just_changed_is_not_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert open_checkpoint(write(tmp_path / "model")).hash
+    assert not (tmp_path / "cache").exists()

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import dejavu
 from dejavu.cli.main import app
-from dejavu.errors import CheckpointError, ConfigError
+from dejavu.errors import CheckpointError, ConfigError, PackError
 
 TEXT = (
     "The old house stood on a hill above the town. In winter the road was often closed by snow, and the family that "
@@ -107,3 +107,19 @@ def test_damaged_folders(saved, tmp_path):
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged"):
         dejavu.load(broken)
+
+
+def test_a_pack_of_the_base_goes_with_the_saved_folder_and_with_no_other(saved, tmp_path):
+    sparse = dejavu.load(saved, pack="opt-mini")
+    assert len(sparse.generate("The old house", max_new_tokens=4).token_ids) == 4
+    other = tmp_path / "other"
+    shutil.copytree(saved, other)
+    config = json.loads((other / "config.json").read_text())
+    config["dejavu_quantization"]["base_hash"] = "0" * 64
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PackError, match="was made for opt-mini"):
+        dejavu.load(other, pack="opt-mini")
+    del config["dejavu_quantization"]["base_hash"]
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="base_hash is missing"):
+        dejavu.load(other)

@@ -20,11 +20,12 @@ import dejavu
 from dejavu.config import SelectionConfig
 from dejavu.engine.step import DecodeStep
 from dejavu.errors import CapacityError, ConfigError, PackError
-from dejavu.kernels import reference
+from dejavu.kernels import backend, reference
 from dejavu.model.hooks import TokenMasks
 from dejavu.predictor.collect import Collected, _Recorder, collect, most_of_the_norm
 from dejavu.predictor.fit import fit, needs, tune
 from dejavu.predictor.settings import FitConfig
+from dejavu.selection.manifest import digest
 from dejavu.selection.oracle import OutputNorms
 from dejavu.selection.pack import load_pack
 from dejavu.selection.predictor import Lookahead, Predictor, PredictorSelector
@@ -108,7 +109,7 @@ def test_predictors_read_the_block_that_lookahead_names(ahead):
 
     config = type("C", (), {"num_hidden_layers": 2})
     spies = {b: Spy(None, torch.zeros(4, 1), torch.zeros(4)) for b in range(4)}
-    selector = PredictorSelector(spies, look, [(Cut(2), Cut(2))] * 2, config, reference)
+    selector = PredictorSelector(spies, look, [(Cut(2), Cut(2))] * 2, config, backend("reference"))
     for block in range(4):
         y = torch.full((1, 1), float(block))
         select = selector.neurons(block // 2, y) if block % 2 else selector.heads(block // 2, y, None)
@@ -217,20 +218,23 @@ def test_packs_are_checked(engine, pack_folder, tmp_path, make_checkpoint):
     def edit(**fields):
         def change(folder):
             data = json.loads((folder / "pack.json").read_text())
-            (folder / "pack.json").write_text(json.dumps(data | fields))
+            data |= fields
+            data["sha256"] = digest(data, folder / "predictors.safetensors")
+            (folder / "pack.json").write_text(json.dumps(data))
 
         return change
 
+    rows = json.loads((pack_folder / "pack.json").read_text())["rows"]
     cut = (pack_folder / "predictors.safetensors").read_bytes()[:5000]
     for change, message in [
-        (edit(schema=9), "expected schema 2, found 9"),
-        (edit(rows={"1.up": {"format": "int4", "width": 500}}), "not made of rows of int4"),
-        (edit(rows={"1.up": {"format": "int3", "width": 16}}), "is damaged"),
-        (edit(points=[{}]), "is damaged"),
-        (edit(default=99), "is damaged"),
+        (edit(schema=9), "schema must be 3, or 2 of an older pack, found 9"),
+        (edit(rows=rows | {"1.up": {"format": "int4", "width": 500}}), "not made of rows of int4"),
+        (edit(rows={"1.up": {"format": "int3", "width": 16}}), "must be a format of rows"),
+        (edit(points=[{}]), "lacks cuts"),
+        (edit(default=99), "default must be an integer in"),
         (edit(base={"name": "other", "hash": "0" * 64}), "was made for other with hash 000000000000"),
         (lambda f: (f / "predictors.safetensors").unlink(), "missing or damaged"),
-        (lambda f: (f / "predictors.safetensors").write_bytes(cut), "missing or damaged"),
+        (lambda f: (f / "predictors.safetensors").write_bytes(cut), "is damaged, or was edited"),
         (lambda f: (f / "pack.json").unlink(), "pack.json: cannot be read"),
     ]:
         with pytest.raises(PackError, match=message):

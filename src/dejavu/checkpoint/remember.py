@@ -1,7 +1,7 @@
 """Hashes of checkpoints, remembered so that a start need not read every byte of the weights.
 
-One small file a checkpoint in the user's cache (`$XDG_CACHE_HOME/dejavu/hashes`, else `~/.cache/...`), so that
-processes that write at once lose nothing of each other's. A hash is believed while every file is the one that was read: the same
+One small file a checkpoint in the user's cache (`$XDG_CACHE_HOME/dejavu/hashes`, or in `~/.cache`), so that processes
+that write at once lose nothing of each other's. A hash is believed while every file is the one that was read: the same
 name, inode, size, and times of its last change and of its last change of any kind (ctime, which no program can set:
 a file replaced by one of equal size and date is still noticed). It guards against mistakes, a pack for other weights,
 not against malice: whoever can write the user's cache can write the pack as well.

@@ -44,8 +44,7 @@ class Field:
         if unknown := self.value.keys() - set(keys):
             found = ", ".join(sorted(unknown))[:60]
             raise PackError(
-                f"{self._file}: {self._place or 'it'} must hold {', '.join(keys)}, found {found!r} too; "
-                "get or fit it anew"
+                f"{self._file}: {self._place or 'it'} must hold {', '.join(keys)} only, found {found!r}; fit it anew"
             )
         return self
 

@@ -198,7 +198,7 @@ def _attach(pack: Pack, tensors: dict[str, Tensor], rows: dict[str, tuple[RowFor
         return PackError(f"{file}: {name} must be {expected}, found {found}; get or fit the pack anew")
 
     weights: dict[str, Weight] = {}
-    for name in tensors.keys() | rows.keys():
+    for name in sorted(tensors.keys() | rows.keys()):
         tensor, blocks = tensors.get(name), len(pack.points[0].cuts)
         found = re.fullmatch(r"([0-9]{1,6})\.(down|up|bias)", name)
         if found is None or int(found[1]) >= blocks or str(int(found[1])) != found[1]:

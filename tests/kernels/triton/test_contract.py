@@ -29,4 +29,5 @@ def test_explicit_choice_without_a_gpu_is_refused(monkeypatch):
 def test_auto_takes_it_for_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert backend("auto").name == "triton" and backend("auto").mlp is ops.mlp
+    assert backend("auto") is backend("triton") and backend("auto").name == "triton"
+    assert backend("auto")._ops is ops
