@@ -39,7 +39,7 @@ def broken(make_checkpoint, tmp_path):
         "generate {folder} hello -n 3 --temperature 1 --seed 1",
         "eval {folder} --text {text} --text-tokens 64 --no-speed",
         "compare dense exact --model {folder} --text {text} --text-tokens 64 --no-speed",
-        "profile {folder} --text {text} -o {out}",
+        "profile {folder} --text {text} -o {out} --window 64 --tokens 512 --quality-tokens 64 --sentence fox_jumps",
         "fit {folder} --text {text} -o {out} --window 32 --tokens 1024 --calibration-tokens 256",
     ],
     ids=lambda args: args.split()[0],

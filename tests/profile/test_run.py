@@ -227,7 +227,7 @@ def test_bad_input_is_one_clear_error(model, profile, tmp_path):
         ("cannot be written", {"out": "file"}),
         ("cannot be written", {"out": "file/below"}),
         ("window must be at most 64", {"window": 128, "quality_tokens": 0}),
-        ("sentence must have 6 to 64 tokens, found 2", {"sentence": "word1"}),
+        ("sentence must have 6 to 64 tokens, found 1", {"sentence": "word1"}),
     ):
         with pytest.raises(ConfigError, match=message):
             profile(engine, **{"out": f"new-{message}", **call})

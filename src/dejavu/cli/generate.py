@@ -139,7 +139,7 @@ def generate(
             out.write("\n")
         elif result is not None:
             record = {"model": model or BUNDLED, "mode": engine.mode, "dtype": str(engine.dtype).removeprefix("torch.")}
-            out.write(to_json(record | {"prompt": prompt} | result.to_dict(), ensure_ascii=False) + "\n")
+            out.write(to_json(record | {"prompt": prompt} | result.to_dict()) + "\n")
     if result is None:
         raise typer.Exit(130)
     if stats:
