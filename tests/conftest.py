@@ -8,6 +8,11 @@ from pathlib import Path
 # cores under load 6. OpenMP reads this when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import tempfile
+
+# Hashes of checkpoints are remembered in the user's cache, which is no place for a test's; subprocesses inherit this.
+os.environ["DEJAVU_CACHE"] = tempfile.mkdtemp(prefix="dejavu-tests-")
+
 import pytest
 import torch
 import transformers

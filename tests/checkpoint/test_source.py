@@ -245,7 +245,7 @@ def test_a_revision_needs_the_hub(tmp_path):
 
 
 def test_a_hash_is_remembered_until_a_file_changes(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("DEJAVU_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("dejavu.checkpoint.remember.SETTLED_NS", 0)
     folder, reads = write(tmp_path / "model"), []
     read = Checkpoint._read_hash
@@ -261,15 +261,15 @@ def test_a_hash_is_remembered_until_a_file_changes(tmp_path, monkeypatch):
     second = open_checkpoint(folder).hash
     assert second != first and len(reads) == 2
     for damaged in ("", "[]", '{"files": 5}', '{"hash": 5}'):
-        next((tmp_path / "cache/dejavu/hashes").iterdir()).write_text(damaged)
+        next((tmp_path / "cache/hashes").iterdir()).write_text(damaged)
         assert open_checkpoint(folder).hash == second
     assert len(reads) == 6
     (tmp_path / "file").touch()  # a cache that cannot be written
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("DEJAVU_CACHE", str(tmp_path / "file"))
     assert open_checkpoint(folder).hash == second and len(reads) == 7
 
 
 def test_a_hash_of_files_that_just_changed_is_not_remembered(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("DEJAVU_CACHE", str(tmp_path / "cache"))
     assert open_checkpoint(write(tmp_path / "model")).hash
     assert not (tmp_path / "cache").exists()

@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 import transformers
+from transformers import AutoModelForCausalLM
 
 import dejavu
 from dejavu.checkpoint.source import BUNDLED, open_checkpoint
 from dejavu.config import SamplingParams
+from dejavu.engine.scoring import Request, Scorer
 from dejavu.errors import CapacityError, CheckpointError, ConfigError
 
 PROMPTS = ["The old house on the hill", "A", "In the spring of 1842 the expedition left the harbour, and"]
@@ -206,3 +208,56 @@ def test_a_cache_larger_than_the_memory_is_refused(tiny_checkpoint, monkeypatch)
         engine.generate([[5]] * 80, max_new_tokens=2)
     with pytest.raises(CapacityError, match=r"logits of 2,000 tokens would take 0.00 GB"):
         engine.logits([5] * 2000)
+
+
+FACTORS = {"short_factor": [1.0, 1.5, 2.0], "long_factor": [2.0, 3.0, 5.0]}
+STRETCHED = {
+    "linear": ({"rope_type": "linear", "factor": 3.0}, 64, 192),
+    "dynamic": ({"rope_type": "dynamic", "factor": 3.0}, 64, 192),
+    "yarn": ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 64, 256),
+    "longrope": ({"rope_type": "longrope", "original_max_position_embeddings": 32, **FACTORS}, 64, 64),
+}
+
+
+@pytest.mark.parametrize("kind", STRETCHED)
+def test_the_context_is_what_scaled_rotary_positions_reach(tiny_checkpoint, kind):
+    """Beyond the context of config.json, and on either side of where angles change, logits are Hugging Face's."""
+    rope, kept, context = STRETCHED[kind]
+    rope = {"rope_theta": 500.0, **rope}
+    engine = dejavu.load(
+        folder := tiny_checkpoint("llama", max_position_embeddings=kept, rope_parameters=rope), dtype="fp32"
+    )
+    assert engine.config.context == context
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for length in (20, 33, context):
+        ids = [1 + i % 200 for i in range(length)]
+        with torch.no_grad():
+            expected = theirs(torch.tensor([ids])).logits[0]
+        torch.testing.assert_close(engine.logits(ids), expected, rtol=0, atol=2e-4)
+    assert engine.generate([5] * (context - 3), max_new_tokens=9, ignore_eos=True).stats.new_tokens == 4
+    with pytest.raises(CapacityError, match=f"1 more than the model's context of {context}"):
+        engine.generate([5] * (context + 1))
+
+
+@pytest.mark.parametrize(("kind", "lengths"), [("longrope", (10, 40)), ("dynamic", (70, 90))])
+def test_rows_turned_by_different_angles_are_refused_in_a_batch_and_equal_themselves_alone(
+    tiny_checkpoint, kind, lengths
+):
+    rope, kept, _ = STRETCHED[kind]
+    engine = dejavu.load(
+        tiny_checkpoint("llama", max_position_embeddings=kept, rope_parameters={"rope_theta": 500.0, **rope}),
+        dtype="fp32",
+    )
+    how = {"max_new_tokens": 6, "ignore_eos": True}
+    short, long = ([1 + i % 200 for i in range(n)] for n in lengths)
+    with pytest.raises(ConfigError, match=f"rope_type {kind} chooses its angles by the length of the text"):
+        engine.generate([short, long], **how)
+    same = [i + 1 for i in short]
+    alone = [engine.generate(ids, **how).token_ids for ids in (short, same)]
+    assert [g.token_ids for g in engine.generate([short, same], **how)] == alone
+    requests = [Request(tuple(ids), len(ids) - 2) for ids in (short, long)]
+    for path in ("masked", "steps"):
+        one = [Scorer(engine, path).logits([r])[0] for r in requests]
+        batch = 2 if path == "steps" else 1
+        for ours, theirs in zip(Scorer(engine, path, batch).logits(requests), one, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)

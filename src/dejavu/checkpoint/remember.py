@@ -44,7 +44,9 @@ def remembered(folder: Path, files: Iterable[Path], compute: Callable[[], str]) 
 
 
 def cache_folder() -> Path:
-    """Where hashes are remembered."""
+    """Where hashes are remembered: in DEJAVU_CACHE if that is set, else in the user's cache."""
+    if "DEJAVU_CACHE" in os.environ:
+        return Path(os.environ["DEJAVU_CACHE"]) / "hashes"
     base = os.environ.get("XDG_CACHE_HOME") or ""
     return (Path(base) if os.path.isabs(base) else Path(os.path.expanduser("~/.cache"))) / "dejavu" / "hashes"
 
