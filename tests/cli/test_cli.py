@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 import dejavu
@@ -172,6 +173,11 @@ def test_info():
     assert record["dense_step_bytes"]["mlp_out"] == 8 * (512 * 2048 * 2 + 512 * 4)
     shown = text("info", "opt-mini", "--dtype", "fp32")
     assert "34,134,016" in shown and "float32" in shown and "read per token: kv" in shown
+
+
+def test_info_says_what_is_stored_and_what_it_is_computed_in(make_checkpoint):
+    record = json.loads(text("info", str(make_checkpoint("opt", dtype=torch.float16)), "--json"))
+    assert (record["stored"], record["dtype"]) == ("float16", "bfloat16")
 
 
 def test_info_never_reads_the_weights(make_checkpoint, monkeypatch):

@@ -40,7 +40,8 @@ def info(
     Example: dejavu info facebook/opt-1.3b --dtype bf16
     """
     from dejavu.checkpoint.layout import parse_quantization
-    from dejavu.checkpoint.source import BUNDLED, open_checkpoint
+    from dejavu.checkpoint.load import stored_dtype
+    from dejavu.checkpoint.source import BUNDLED, BYTES, open_checkpoint
     from dejavu.engine.bytes import step_bytes
     from dejavu.model import family
     from dejavu.model.load import plan_weights
@@ -52,13 +53,15 @@ def info(
         show(load_pack(model), model, as_json)
         return
     checkpoint = open_checkpoint(model or BUNDLED, revision=revision)
-    config, plan, _ = plan_weights(
+    config, plan, names = plan_weights(
         checkpoint, dtype=dtype, quantization=parse_quantization(weights, quantize_embeddings)
     )
+    stored = stored_dtype(checkpoint, names)
     facts = {
         "model": model or BUNDLED,
         "family": config.model_type,
         "parameters": sum(prod(slot.shape) for slot in family(config.model_type).slots(config, plan).values()),
+        "stored": "quantised" if stored == BYTES else stored,
         "dtype": str(plan.dtype).removeprefix("torch."),
         "weights": None if plan.quantization is None else plan.quantization.weights.name,
         "modes": config.modes,
