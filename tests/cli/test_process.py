@@ -73,9 +73,8 @@ def test_a_closed_stdout_is_no_traceback(closed):
     assert b"Traceback" not in run.stderr
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_no_encoding_of_stdout_loses_a_character_of_json(encoding):
-    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+def test_no_encoding_of_stdout_loses_a_character_of_json():
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     prompt = "caf\u00e9 \U0001f336"
     run = subprocess.run([*GENERATE, prompt, "-n", "4", "--json"], capture_output=True, env=environment)
     assert run.returncode == 0 and json.loads(run.stdout)["prompt"] == prompt
