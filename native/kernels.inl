@@ -66,7 +66,7 @@ void reduce(const ReduceArgs& a, int64_t unit) {
   float* x = a.x + b * a.width + first;
   for_vecs(count, [&](int64_t i, int64_t n) {
     Vec total = load(part + i, n);
-    for (int64_t s = 1; s < a.slices; ++s) total = add(total, load(part + s * a.batch * a.width + i, n));
+    for (int64_t s = 1; s < a.slices; ++s) total = add(total, load(part + s * a.batch.size * a.width + i, n));
     if (a.bias) total = add(total, load(a.bias + first + i, n));
     store(x + i, add(load(x + i, n), total), n);
   });
@@ -98,19 +98,19 @@ template <class F>
 void linear(const LinearArgs& a, int64_t unit) {
   using T = typename F::Element;
   constexpr int64_t S = F::kStreams;
-  const int64_t first = unit * a.rows_per_unit, count = std::min(a.rows_per_unit, a.rows - first);
+  const int64_t first = unit * a.rows_per_unit, count = std::min(a.rows_per_unit, a.rows - first), B = a.batch.live();
   const T** rows = scratch<const T*, 0>(count + S);
   auto row = [&](int64_t i) { return static_cast<const T*>(a.weight.data) + std::min(i, a.rows - 1) * a.weight.stride; };
   for (int64_t i = 0; i < count; ++i) rows[i] = row(first + spread(i, count, S));
   // Then the next unit's: likely this thread's, and in the shared cache if not.
   for (int64_t k = 0; k < S; ++k) rows[count + k] = row(first + count + spread(k, a.rows_per_unit, S));
-  float* out = scratch<float, 3>(count * a.batch);
+  float* out = scratch<float, 3>(count * B);
   const F format(a.weight);
-  const typename F::Inputs x(format, pointers<1>(a.x, a.batch, a.weight.width), a.batch);
-  dot_rows(format, rows, count, count + S, x, a.batch, out, a.batch, 1);
+  const typename F::Inputs x(format, pointers<1>(a.x, B, a.weight.width), B);
+  dot_rows(format, rows, count, count + S, x, B, out, B, 1);
   for (int64_t i = 0; i < count; ++i)
-    for (int64_t b = 0, n = first + spread(i, count, S); b < a.batch; ++b)
-      a.out[b * a.rows + n] = out[i * a.batch + b] + (a.bias ? a.bias[n] : 0.0f);
+    for (int64_t b = 0, n = first + spread(i, count, S); b < B; ++b)
+      a.out[b * a.rows + n] = out[i * B + b] + (a.bias ? a.bias[n] : 0.0f);
 }
 
 // One unit: a share of the D rows of one part (a query head, the keys or the values) of one group, for all the
@@ -124,18 +124,25 @@ void qkv(const QkvArgs& a, int64_t unit) {
   const int64_t g = id / (r + 2), part = id % (r + 2);
   const bool is_q = part < r, rotary = a.cos_sin && part <= r;
   const int32_t* pending_from = a.plan ? a.plan + 1 + G * (r + 2) : nullptr;
+  if (unit == 0 && !a.plan && a.attn_read) {  // everything; a plan counts by itself
+    const int64_t read[] = {G * r, G, G};
+    for (int k = 0; k < 3; ++k) a.attn_read[k] += read[k];
+  }
 
-  // The tokens: the current one of each row of the batch, or all that are pending in this group.
+  // What is projected: the step's tokens, or all that wait in this group; the newest of a row are not in the ring alone.
   const bool lazy = a.hidden && !is_q;
-  const int64_t most = a.batch * (lazy ? a.pending : 1);
+  const int64_t live = a.batch.live(), most = live * (lazy ? a.ring + 1 : 1);
   const float** x = scratch<const float*, 1>(most);
   int64_t* where = scratch<int64_t, 2>(2 * most);
   int64_t tokens = 0;
-  for (int64_t b = 0; b < a.batch; ++b) check_index(a.positions[b], a.capacity, "attn_qkv: position");
-  for (int64_t b = 0; b < a.batch; ++b)
-    for (int64_t t = lazy ? pending_from[b * G + g] : a.positions[b]; t <= a.positions[b]; ++t, ++tokens) {
-      x[tokens] = lazy ? a.hidden + (b * a.pending + t % a.pending) * C : a.x + b * C;
-      where[2 * tokens] = b;
+  for (int64_t n = 0; n < live; ++n) {
+    check_index(a.positions[n], a.capacity, "attn_qkv: position");
+    check_index(a.batch.rows[n], a.cache_rows, "attn_qkv: row");
+  }
+  for (int64_t n = 0; n < live; ++n)
+    for (int64_t t = lazy ? pending_from[n * G + g] : a.positions[n]; t <= a.positions[n]; ++t, ++tokens) {
+      x[tokens] = t < a.positions[n] ? a.hidden + (a.batch.rows[n] * a.ring + t % a.ring) * C : a.x + n * C;
+      where[2 * tokens] = n;
       where[2 * tokens + 1] = t;
     }
 
@@ -154,11 +161,11 @@ void qkv(const QkvArgs& a, int64_t unit) {
   for (int64_t k = 0; k < count; ++k) std::copy_n(out + k * tokens, tokens, in_order + spread(k, count, S) * tokens);
 
   for (int64_t t = 0; t < tokens; ++t) {
-    const int64_t b = where[2 * t], position = where[2 * t + 1];
-    const int64_t cached = ((b * G + g) * a.capacity + position) * D;
+    const int64_t n = where[2 * t], position = where[2 * t + 1];
+    const int64_t cached = ((a.batch.rows[n] * G + g) * a.capacity + position) * D;
     auto write = [&](int64_t d, float value) {
       if (is_q)
-        a.q[(b * G * r + g * r + part) * D + d] = value;
+        a.q[(n * G * r + g * r + part) * D + d] = value;
       else
         put(part == r ? a.k_cache : a.v_cache, a.cache_type, cached + d, value);
     };
@@ -179,10 +186,10 @@ void qkv(const QkvArgs& a, int64_t unit) {
   }
 }
 
-// One unit: one row of the batch and one group, for all its selected heads, which share the cache's stream.
+// One unit: one token and one group, for all its selected heads, which share the cache's stream.
 template <class T>
 void attend(const AttendArgs& a, int64_t unit) {
-  const int64_t G = a.groups, r = a.heads_per_group, D = a.head_dim, b = unit / G, g = unit % G;
+  const int64_t G = a.groups, r = a.heads_per_group, D = a.head_dim, token = unit / G, g = unit % G;
   const float** q = scratch<const float*, 1>(r);
   float** out = scratch<float*, 2>(r);
   int64_t heads = 0;
@@ -190,14 +197,15 @@ void attend(const AttendArgs& a, int64_t unit) {
     const int64_t h = a.heads.at(i);
     check_index(h, G * r, "attend: selected head");
     if (h / r != g) continue;
-    q[heads] = a.q + (b * G * r + h) * D;
-    out[heads++] = a.out + (b * G * r + h) * D;
+    q[heads] = a.q + (token * G * r + h) * D;
+    out[heads++] = a.out + (token * G * r + h) * D;
   }
   if (heads == 0) return;
 
-  check_index(a.positions[b], a.capacity, "attend: position");
-  const int64_t end = a.positions[b] + 1, begin = a.window ? std::max<int64_t>(0, end - a.window) : 0, n = end - begin;
-  const int64_t at = ((b * G + g) * a.capacity + begin) * D;
+  check_index(a.positions[token], a.capacity, "attend: position");
+  check_index(a.batch.rows[token], a.cache_rows, "attend: row");
+  const int64_t end = a.positions[token] + 1, begin = a.window ? std::max<int64_t>(0, end - a.window) : 0, n = end - begin;
+  const int64_t at = ((a.batch.rows[token] * G + g) * a.capacity + begin) * D;
   float* scores = scratch<float, 3>(heads * n);  // (heads, n)
   const T** rows = scratch<const T*, 0>(2 * n);
   for (int64_t s = 0; s < n; ++s) {
@@ -230,10 +238,11 @@ void attn_out(const AttnOutArgs& a, int64_t slice) {
   const F format(a.blocks);
   const int64_t r = a.heads_per_group, D = a.head_dim, C = a.blocks.width, all = a.heads.size(a.groups * r) * D;
   const int64_t low = slice * all / a.slices, high = (slice + 1) * all / a.slices;
-  float* part = a.partials + slice * a.batch * C;
-  std::fill_n(part, a.batch * C, 0.0f);
-  float** out = scratch<float*, 2>(a.batch);
-  for (int64_t b = 0; b < a.batch; ++b) out[b] = part + b * C;
+  const int64_t B = a.batch.live();
+  float* part = a.partials + slice * a.batch.size * C;
+  std::fill_n(part, B * C, 0.0f);
+  float** out = scratch<float*, 2>(B);
+  for (int64_t b = 0; b < B; ++b) out[b] = part + b * C;
   const T** rows = scratch<const T*, 0>(high - low);
   for (int64_t i = low; i < high; ++i) {
     const int64_t h = a.heads.at(i / D);
@@ -244,7 +253,7 @@ void attn_out(const AttnOutArgs& a, int64_t slice) {
   for (int64_t i = low; i < high;) {
     const int64_t count = std::min(high, (i / D + 1) * D) - i;  // up to the end of this head
     const float* o = a.o + a.heads.at(i / D) * D + i % D;
-    axpy_rows(format, rows + (i - low), count, high - i, o, 1, a.groups * r * D, out, a.batch);
+    axpy_rows(format, rows + (i - low), count, high - i, o, 1, a.groups * r * D, out, B);
     i += count;
   }
 }
@@ -255,13 +264,13 @@ template <class F>
 void mlp(const MlpArgs& a, int64_t slice) {
   using T = typename F::Element;
   const F format(a.rows);
-  const int64_t B = a.batch, C = a.rows.width, kinds = a.row_kinds, all = a.neurons.size(a.neurons_total);
+  const int64_t B = a.batch.live(), C = a.rows.width, kinds = a.row_kinds, all = a.neurons.size(a.neurons_total);
   // Whole groups of rows that are read at a time, so that few are left to be read singly.
   const int64_t tiles = ceil_div(all, F::kStreams);
   const int64_t low = std::min(all, slice * tiles / a.slices * F::kStreams);
   const int64_t high = std::min(all, (slice + 1) * tiles / a.slices * F::kStreams);
   const bool gated = kinds == 3;
-  float* part = a.partials + slice * B * C;
+  float* part = a.partials + slice * a.batch.size * C;
   std::fill_n(part, B * C, 0.0f);
   float** out = scratch<float*, 2>(B);
   for (int64_t b = 0; b < B; ++b) out[b] = part + b * C;
@@ -287,7 +296,7 @@ void mlp(const MlpArgs& a, int64_t slice) {
     // the next kind, or the first kind of the next block where it isn't known yet which will be read.
     auto list = [&](int64_t kind, int64_t open) {
       for (int64_t k = 0; k < open; ++k) rows[k] = row(neuron[k], kind);
-      const bool next_block = a.exact || kind + 1 == kinds;
+      const bool next_block = a.skip_zeros || kind + 1 == kinds;
       for (int64_t k = 0; k < S; ++k)
         rows[open + k] = next_block ? row(a.neurons.at(std::min(i + count + k, all - 1)), 0)
                                     : row(neuron[std::min(k, open - 1)], kind + 1);
@@ -300,9 +309,9 @@ void mlp(const MlpArgs& a, int64_t slice) {
         for (int64_t k = 0; k < open; ++k)
           for (int64_t b = 0; b < B; ++b) to[k * B + b] += a.bias[neuron[k] * (kinds - 1) + kind];
     };
-    // Keeps the neurons that are open in any row of the batch, in their order.
+    // Keeps the neurons that are open for any token, in their order.
     auto keep_open = [&](int64_t open) {
-      if (!a.exact) return open;
+      if (!a.skip_zeros) return open;
       int64_t kept = 0;
       for (int64_t k = 0; k < open; ++k) {
         if (std::all_of(h + k * B, h + (k + 1) * B, [](float v) { return v == 0.0f; })) continue;

@@ -108,8 +108,8 @@ struct KernelNode final : Pool::Node {
 };
 
 // Which parts (query heads, keys, values) of which groups this step projects, and from which token on.
-// plan = [number of parts, parts (group * (r+2) + part) ..., first pending token of each (b, g)].
-// With lazy keys and values it also stores the step's input and advances kv_len.
+// plan = [number of parts, parts (group * (r+2) + part) ..., first token to project for each (n, g)].
+// It counts what is read, and with lazy keys and values it also stores the step's inputs and advances kv_len.
 struct PlanNode final : Pool::Node {
   QkvArgs args;
   explicit PlanNode(const QkvArgs& a) : args(a) {}
@@ -117,26 +117,37 @@ struct PlanNode final : Pool::Node {
   int64_t units() const override { return 1; }
   void run(int64_t) const override {
     const QkvArgs& a = args;
-    const int64_t G = a.groups, r = a.heads_per_group, B = a.batch, C = a.blocks.width;
+    const int64_t G = a.groups, r = a.heads_per_group, N = a.batch.live(), C = a.blocks.width;
+    const int32_t* rows = a.batch.rows;
     int32_t *count = a.plan, *parts = a.plan + 1, *first = parts + G * (r + 2);
     *count = 0;
-    if (a.hidden)
-      for (int64_t b = 0; b < B; ++b)
-        std::copy_n(a.x + b * C, C, a.hidden + (b * a.pending + a.positions[b] % a.pending) * C);
-    int64_t i = 0;
+    for (int64_t n = 0; a.hidden && n < N; ++n) {
+      check_index(rows[n], a.cache_rows, "attn_qkv: row");
+      check_index(a.positions[n], a.capacity, "attn_qkv: position");
+      std::copy_n(a.x + n * C, C, a.hidden + (rows[n] * a.ring + a.positions[n] % a.ring) * C);
+    }
+    int64_t i = 0, groups = 0, projected = 0;
     const int64_t selected = a.heads.size(G * r);
     for (int64_t g = 0; g < G; ++g) {
       const int64_t before = i;
       for (; i < selected && a.heads.at(i) < (g + 1) * r; ++i)
         parts[(*count)++] = static_cast<int32_t>(g * (r + 2) + a.heads.at(i) - g * r);
+      groups += i > before;
       bool project = i > before || !a.hidden;
-      for (int64_t b = 0; a.hidden && b < B; ++b) {
-        first[b * G + g] = a.kv_len[b * G + g];
-        project |= a.positions[b] + 1 - a.kv_len[b * G + g] >= a.pending;
+      for (int64_t n = 0; a.hidden && n < N; ++n) {
+        const int32_t known = a.kv_len[rows[n] * G + g];
+        // Of several tokens of a row the first also sees to those that have waited.
+        first[n * G + g] = n > 0 && rows[n - 1] == rows[n] ? a.positions[n] : known;
+        project |= a.positions[n] + 1 - known >= a.pending;
       }
       if (!project) continue;
+      ++projected;
       for (int64_t part = r; part < r + 2; ++part) parts[(*count)++] = static_cast<int32_t>(g * (r + 2) + part);
-      for (int64_t b = 0; a.hidden && b < B; ++b) a.kv_len[b * G + g] = a.positions[b] + 1;
+      for (int64_t n = 0; a.hidden && n < N; ++n) a.kv_len[rows[n] * G + g] = a.positions[n] + 1;
+    }
+    if (a.attn_read) {
+      const int64_t read[] = {i, groups, projected};
+      for (int k = 0; k < 3; ++k) a.attn_read[k] += read[k];
     }
   }
 };
@@ -171,18 +182,19 @@ class Tape {
     return out;
   }
 
-  void embed(const Array& ids, const Weights& table, const Array& out, int64_t offset, bool add) {
-    const int64_t batch = ids.shape(0);
-    require(out.ndim() == 2 && int64_t(out.shape(0)) == batch && int64_t(out.shape(1)) == table.width, "embed: shapes");
+  void embed(const Array& ids, const Array& cache_rows, const Weights& table, const Array& out, int64_t offset, bool add) {
+    const Batch batch{ints(cache_rows), int64_t(ids.shape(0))};
+    require(out.ndim() == 2 && int64_t(out.shape(0)) == batch.size && int64_t(out.shape(1)) == table.width, "embed: shapes");
     push(EmbedArgs{ints(ids), rows(table), floats(out), batch, offset, table.shape(0), add}, kernels->embed[int(table.format)], "embed");
   }
 
   void add_norm(const Array& x, const MaybeArray& partials, const MaybeArray& partial_bias, const MaybeArray& weight,
-                const MaybeArray& bias, const Array& y, int kind, float eps) {
-    const int64_t batch = x.shape(0), width = x.shape(1);
+                const MaybeArray& bias, const MaybeArray& cache_rows, const Array& y, int kind, float eps) {
+    const Batch batch = tokens(cache_rows, x.shape(0));
+    const int64_t width = x.shape(1);
     if (partials) {
-      require(int64_t(partials->shape(1)) == batch && int64_t(partials->shape(2)) == width, "add_norm: shapes");
-      push(ReduceArgs{floats(x), floats(*partials), floats(partial_bias, width), int64_t(partials->shape(0)), batch,
+      require(int64_t(partials->shape(1)) == batch.size && int64_t(partials->shape(2)) == width, "add_norm: shapes");
+      push(ReduceArgs{floats(x), floats(*partials), floats(partial_bias, width), batch, int64_t(partials->shape(0)),
                       width},
            kernels->reduce, "add");
     }
@@ -191,8 +203,10 @@ class Tape {
     push(a, kernels->norm, "norm");
   }
 
-  void linear(const Array& x, const Weights& weight, const MaybeArray& bias, const Array& out) {
-    const int64_t batch = x.shape(0), count = weight.shape(0);
+  void linear(const Array& x, const Weights& weight, const MaybeArray& bias, const MaybeArray& cache_rows,
+              const Array& out) {
+    const Batch batch = tokens(cache_rows, x.shape(0));
+    const int64_t count = weight.shape(0);
     require(weight.ndim() == 2 && weight.width == int64_t(x.shape(1)) && int64_t(out.shape(1)) == count,
             "linear: shapes");
     // About 64 KB a unit, so that threads finish together, in whole groups of rows that are read at a time; two times
@@ -205,15 +219,17 @@ class Tape {
   }
 
   void attn_qkv(const Array& x, const Weights& blocks, const MaybeArray& bias, const MaybeArray& cos_sin,
-                const Array& positions, const Array& k_cache, const Array& v_cache, const MaybeArray& head_idx,
-                const MaybeArray& head_count, const MaybeArray& hidden, const MaybeArray& kv_len, const Array& q,
+                const Array& cache_rows, const Array& positions, const Array& k_cache, const Array& v_cache,
+                const MaybeArray& head_idx, const MaybeArray& head_count, const MaybeArray& hidden,
+                const MaybeArray& kv_len, int64_t pending, const MaybeArray& attn_read, const Array& q,
                 const MaybeArray& plan) {
     QkvArgs a{};
-    a.batch = x.shape(0);
+    a.batch = {ints(cache_rows), int64_t(x.shape(0))};
+    a.cache_rows = k_cache.shape(0);
     a.groups = blocks.shape(0), a.heads_per_group = (int64_t(blocks.shape(1)) - 2) / 2, a.head_dim = blocks.shape(2);
     a.capacity = k_cache.shape(2);
     require(blocks.width == int64_t(x.shape(1)) && int64_t(k_cache.shape(1)) == a.groups &&
-                int64_t(k_cache.shape(0)) == a.batch && int64_t(k_cache.shape(3)) == a.head_dim,
+                int64_t(k_cache.shape(3)) == a.head_dim,
             "attn_qkv: shapes");
     a.cache_type = float_type(k_cache);
     require(float_type(v_cache) == a.cache_type, "attn_qkv: keys and values must have one dtype");
@@ -224,13 +240,14 @@ class Tape {
     a.heads = selection(head_idx, head_count);
     if (hidden) {
       require(bool(kv_len), "attn_qkv: lazy keys and values need kv_len");
-      a.hidden = floats(*hidden), a.pending = hidden->shape(1), a.kv_len = ints(*kv_len);
+      a.hidden = floats(*hidden), a.ring = hidden->shape(1), a.pending = pending, a.kv_len = ints(*kv_len);
     }
+    a.attn_read = counts(attn_read, 3);
     // About 128 KB a unit.
     const int64_t pairs = std::max<int64_t>(1, a.head_dim / 2);
     a.splits = std::clamp<int64_t>(a.head_dim * blocks.row_bytes() / 131072, 1, pairs);
     if (hidden || head_idx) {
-      const size_t need = 1 + a.groups * (a.heads_per_group + 2) + a.batch * a.groups;
+      const size_t need = 1 + a.groups * (a.heads_per_group + 2) + a.batch.size * a.groups;
       require(plan && plan->size() >= need, "attn_qkv: plan is too small");
       a.plan = ints(*plan);
       own(std::make_unique<PlanNode>(a));
@@ -238,11 +255,12 @@ class Tape {
     push(a, kernels->qkv[int(blocks.format)], "attn_qkv");
   }
 
-  void attend(const Array& q, const Array& k_cache, const Array& v_cache, const Array& positions,
-              const MaybeArray& head_idx, const MaybeArray& head_count, const Array& out,
+  void attend(const Array& q, const Array& k_cache, const Array& v_cache, const Array& cache_rows,
+              const Array& positions, const MaybeArray& head_idx, const MaybeArray& head_count, const Array& out,
               float scale, int64_t window) {
     AttendArgs a{};
-    a.batch = q.shape(0), a.groups = k_cache.shape(1), a.heads_per_group = int64_t(q.shape(1)) / a.groups;
+    a.batch = {ints(cache_rows), int64_t(q.shape(0))}, a.cache_rows = k_cache.shape(0);
+    a.groups = k_cache.shape(1), a.heads_per_group = int64_t(q.shape(1)) / a.groups;
     a.head_dim = q.shape(2), a.capacity = k_cache.shape(2), a.window = window, a.scale = scale;
     a.q = floats(q), a.k_cache = raw(k_cache), a.v_cache = raw(v_cache), a.positions = ints(positions);
     a.out = floats(out), a.heads = selection(head_idx, head_count);
@@ -250,9 +268,9 @@ class Tape {
   }
 
   void attn_out(const Array& o, const Weights& blocks, const MaybeArray& head_idx, const MaybeArray& head_count,
-                const Array& partials) {
+                const MaybeArray& cache_rows, const Array& partials) {
     AttnOutArgs a{};
-    a.batch = o.shape(0), a.groups = blocks.shape(0);
+    a.batch = tokens(cache_rows, o.shape(0)), a.groups = blocks.shape(0);
     a.heads_per_group = (int64_t(blocks.shape(1)) - 2) / 2, a.head_dim = blocks.shape(2), a.slices = partials.shape(0);
     require(int64_t(o.shape(1)) == a.groups * a.heads_per_group && int64_t(o.shape(2)) == a.head_dim &&
                 int64_t(partials.shape(2)) == blocks.width,
@@ -262,30 +280,28 @@ class Tape {
   }
 
   void mlp(const Array& x, const Weights& weights, const MaybeArray& bias, const MaybeArray& neuron_idx,
-           const MaybeArray& neuron_count, const MaybeArray& rows_read, const Array& partials, int act, float threshold,
-           bool activate_up, bool exact) {
+           const MaybeArray& neuron_count, const MaybeArray& cache_rows, const MaybeArray& rows_read,
+           const Array& partials, int act, float threshold, bool activate_up, bool skip_zeros) {
     MlpArgs a{};
-    a.batch = x.shape(0), a.neurons_total = weights.shape(0), a.row_kinds = weights.shape(1);
+    a.batch = tokens(cache_rows, x.shape(0)), a.neurons_total = weights.shape(0), a.row_kinds = weights.shape(1);
     a.slices = partials.shape(0);
     require(weights.ndim() == 3 && weights.width == int64_t(x.shape(1)) && (a.row_kinds == 2 || a.row_kinds == 3), "mlp: shapes");
     a.x = floats(x), a.rows = rows(weights), a.bias = floats(bias, a.neurons_total * (a.row_kinds - 1));
     a.partials = floats(partials), a.neurons = selection(neuron_idx, neuron_count);
-    if (rows_read) {
-      require(rows_read->dtype() == nb::dtype<int64_t>() && int64_t(rows_read->size()) == a.row_kinds, "mlp: rows_read");
-      a.rows_read = static_cast<int64_t*>(raw(*rows_read));
-    }
-    a.act = Act(act), a.threshold = threshold, a.activate_up = activate_up, a.exact = exact;
+    a.rows_read = counts(rows_read, a.row_kinds);
+    a.act = Act(act), a.threshold = threshold, a.activate_up = activate_up, a.skip_zeros = skip_zeros;
     push(a, kernels->mlp[int(weights.format)], "mlp");
   }
 
-  // k > 0: the k best of each row of the batch; k = 0: what reaches the threshold in any row.
-  void select(const Array& scores, const Array& idx, const Array& count, int64_t k, float threshold) {
-    SelectArgs a{floats(scores), ints(idx), ints(count), nullptr, int64_t(scores.shape(0)), int64_t(scores.shape(1)),
-                 int64_t(idx.size()), std::min<int64_t>(k, scores.shape(1)), threshold};
+  // k > 0: the k best of each token; k = 0: what reaches the threshold for any token.
+  void select(const Array& scores, const MaybeArray& cache_rows, const Array& idx, const Array& count, int64_t k,
+              float threshold) {
+    SelectArgs a{floats(scores), ints(idx), ints(count), nullptr, tokens(cache_rows, scores.shape(0)),
+                 int64_t(scores.shape(1)), int64_t(idx.size()), std::min<int64_t>(k, scores.shape(1)), threshold};
     require(idx.size() >= 1 && count.size() == 1, "select: shapes");
     if (k > 0) {
-      require(a.capacity >= std::min(a.total, a.batch * a.k), "select: the index buffer is too small for the union");
-      cuts_.push_back(std::make_unique<Cut[]>(a.batch));
+      require(a.capacity >= std::min(a.total, a.batch.size * a.k), "select: the index buffer is too small for the union");
+      cuts_.push_back(std::make_unique<Cut[]>(a.batch.size));
       a.cuts = cuts_.back().get();
       push(CutArgs{a}, kernels->select_cut, "select");
     }
@@ -307,6 +323,11 @@ class Tape {
     require(!a || int64_t(a->size()) == size, "a bias or a norm's parameters have the wrong size");
     return a ? floats(*a) : nullptr;
   }
+  int64_t* counts(const MaybeArray& a, int64_t size) {
+    require(!a || (a->dtype() == nb::dtype<int64_t>() && int64_t(a->size()) == size), "counts must be int64, one a kind");
+    return a ? static_cast<int64_t*>(raw(*a)) : nullptr;
+  }
+  Batch tokens(const MaybeArray& rows, int64_t size) { return {rows ? ints(*rows) : nullptr, size}; }
   int32_t* ints(const Array& a) {
     require(a.dtype() == nb::dtype<int32_t>(), "expected int32");
     return static_cast<int32_t*>(raw(a));

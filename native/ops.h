@@ -46,86 +46,106 @@ struct Selection {
   int64_t at(int64_t i) const { return idx ? idx[i] : i; }
 };
 
+// The tokens of a step: the first `live()` of `size`. `rows` are those of the cache; behind them one below 0 is padding.
+struct Batch {
+  const int32_t* rows = nullptr;  // null: all are real
+  int64_t size = 0;
+  int64_t live() const {
+    int64_t n = rows ? 0 : size;
+    while (n < size && rows[n] >= 0) ++n;
+    return n;
+  }
+};
+
 struct EmbedArgs {
   const int32_t* ids;
   Rows table;  // (V, E)
-  float* out;  // (B, E)
-  int64_t batch, offset, table_rows;
+  float* out;  // (N, E)
+  Batch batch;
+  int64_t offset, table_rows;
   bool add;  // out += table[ids + offset], else out = table[ids]
 };
 
 struct ReduceArgs {
-  float* x;               // (B, C), mutated
-  const float* partials;  // (S, B, C)
+  float* x;               // (N, C), mutated
+  const float* partials;  // (S, N, C)
   const float* bias;      // (C,) or null
-  int64_t slices, batch, width;
+  Batch batch;
+  int64_t slices, width;
 };
 
 struct NormArgs {
-  const float* x;  // (B, C)
+  const float* x;  // (N, C)
   const float* weight;
   const float* bias;
-  float* y;  // (B, C)
-  int64_t batch, width;
+  float* y;  // (N, C)
+  Batch batch;
+  int64_t width;
   NormKind kind;
   float eps;
 };
 
 struct LinearArgs {
-  const float* x;     // (B, C)
-  Rows weight;        // (N, C)
-  const float* bias;  // (N,) or null
-  float* out;         // (B, N)
-  int64_t batch, rows, rows_per_unit;
+  const float* x;     // (N, C)
+  Rows weight;        // (M, C)
+  const float* bias;  // (M,) or null
+  float* out;         // (N, M)
+  Batch batch;
+  int64_t rows, rows_per_unit;
 };
 
 struct QkvArgs {
-  const float* x;        // (B, C)
+  const float* x;        // (N, C)
   Rows blocks;           // (G, 2r+2, D, C)
   const float* bias;     // (G, r+2, D) or null
-  const float* cos_sin;  // (N, D) or null
+  const float* cos_sin;  // (M, D) or null
+  Batch batch;
   const int32_t* positions;
-  void* k_cache;  // (B, G, S, D)
+  void* k_cache;  // (R, G, S, D)
   void* v_cache;
-  float* q;       // (B, H, D)
-  float* hidden;  // (B, P, C) or null: keys and values are lazy
-  int32_t* kv_len;
-  int32_t* plan;  // scratch: see plan_qkv
+  float* q;            // (N, H, D)
+  float* hidden;       // (R, Q, C) or null: keys and values are lazy
+  int32_t* kv_len;     // (R, G)
+  int64_t* attn_read;  // (3,) or null
+  int32_t* plan;       // scratch: see PlanNode
   Selection heads;
   DType cache_type;
-  int64_t batch, groups, heads_per_group, head_dim, capacity, pending, splits;
+  int64_t cache_rows, groups, heads_per_group, head_dim, capacity, ring, pending, splits;
 };
 
 struct AttendArgs {
-  const float* q;  // (B, H, D)
+  const float* q;  // (N, H, D)
   const void* k_cache;
   const void* v_cache;
+  Batch batch;
   const int32_t* positions;
-  float* out;     // (B, H, D)
+  float* out;  // (N, H, D)
   Selection heads;
-  int64_t batch, groups, heads_per_group, head_dim, capacity, window;  // window 0: none
+  int64_t cache_rows, groups, heads_per_group, head_dim, capacity, window;  // window 0: none
   float scale;
 };
 
 struct AttnOutArgs {
-  const float* o;  // (B, H, D)
+  const float* o;  // (N, H, D)
   Rows blocks;
-  float* partials;  // (S, B, C)
+  float* partials;  // (S, N, C)
   Selection heads;
-  int64_t batch, groups, heads_per_group, head_dim, slices;
+  Batch batch;
+  int64_t groups, heads_per_group, head_dim, slices;
 };
 
 struct MlpArgs {
-  const float* x;  // (B, C)
+  const float* x;  // (N, C)
   Rows rows;       // (I, R, C)
   const float* bias;
-  float* partials;  // (S, B, C)
+  float* partials;  // (S, N, C)
   int64_t* rows_read;  // (R,) or null
   Selection neurons;
-  int64_t batch, neurons_total, row_kinds, slices;
+  Batch batch;
+  int64_t neurons_total, row_kinds, slices;
   Act act;
   float threshold;
-  bool activate_up, exact;
+  bool activate_up, skip_zeros;
 };
 
 // What the k largest of n scores are: those whose `key` is above, and the first `ties` whose key equals it.
@@ -135,14 +155,15 @@ struct Cut {
 };
 
 struct SelectArgs {
-  const float* scores;  // (B, N)
+  const float* scores;  // (N, U)
   int32_t* idx;         // (capacity,)
   int32_t* count;       // (1,)
-  Cut* cuts;            // (B,), for top-k
-  int64_t batch, total, capacity, k;  // k = 0: by threshold
+  Cut* cuts;            // (N,), for top-k
+  Batch batch;
+  int64_t total, capacity, k;  // k = 0: by threshold
   float threshold;
 };
-struct CutArgs : SelectArgs {};  // the first half of top-k, whose units are rows of the batch
+struct CutArgs : SelectArgs {};  // the first half of top-k, whose units are tokens
 
 struct ReadArgs {
   const char* data;
@@ -170,17 +191,17 @@ inline constexpr int64_t kReduceColumns = 512;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline int64_t units(const EmbedArgs& a) { return a.batch; }
-inline int64_t units(const ReduceArgs& a) { return a.batch * ceil_div(a.width, kReduceColumns); }
-inline int64_t units(const NormArgs& a) { return a.batch; }
+inline int64_t units(const EmbedArgs& a) { return a.batch.live(); }
+inline int64_t units(const ReduceArgs& a) { return a.batch.live() * ceil_div(a.width, kReduceColumns); }
+inline int64_t units(const NormArgs& a) { return a.batch.live(); }
 inline int64_t units(const LinearArgs& a) { return ceil_div(a.rows, a.rows_per_unit); }
 inline int64_t units(const QkvArgs& a) {
   return (a.plan ? a.plan[0] : a.groups * (a.heads_per_group + 2)) * a.splits;
 }
-inline int64_t units(const AttendArgs& a) { return a.batch * a.groups; }
+inline int64_t units(const AttendArgs& a) { return a.batch.live() * a.groups; }
 inline int64_t units(const AttnOutArgs& a) { return a.slices; }
 inline int64_t units(const MlpArgs& a) { return a.slices; }
-inline int64_t units(const CutArgs& a) { return a.batch; }
+inline int64_t units(const CutArgs& a) { return a.batch.live(); }
 inline int64_t units(const SelectArgs&) { return 1; }
 inline int64_t units(const ReadArgs& a) { return ceil_div(a.bytes, a.bytes_per_unit); }
 

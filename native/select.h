@@ -52,25 +52,25 @@ inline void mark(const float* scores, int64_t n, Cut cut, uint8_t* marks) {
     }
 }
 
-// Top-k, first half: the cut of one row of the batch.
+// Top-k, first half: the cut of one token.
 void select_cut(const CutArgs& a, int64_t b) { a.cuts[b] = find_cut(a.scores + b * a.total, a.total, a.k); }
 
-// The union over the batch, compacted in ascending order.
+// The union over the tokens, compacted in ascending order.
 void select(const SelectArgs& a, int64_t) {
-  const int64_t n = a.total;
+  const int64_t n = a.total, B = a.batch.live();
   uint8_t* marks = scratch<uint8_t, 0>(n);
   std::fill_n(marks, n, 0);
   if (a.k) {
-    for (int64_t b = 0; b < a.batch; ++b) mark(a.scores + b * n, n, a.cuts[b], marks);
+    for (int64_t b = 0; b < B; ++b) mark(a.scores + b * n, n, a.cuts[b], marks);
   } else {
     int64_t kept = 0;
-    for (int64_t b = 0; b < a.batch; ++b)
+    for (int64_t b = 0; b < B; ++b)
       for (int64_t i = 0; i < n; ++i) marks[i] |= static_cast<uint8_t>(a.scores[b * n + i] >= a.threshold);
     for (int64_t i = 0; i < n; ++i) kept += marks[i];
-    if (kept > a.capacity) {  // the best of what any row scores
+    if (kept > a.capacity) {  // the best of what any token scores
       float* best = scratch<float, 0>(n);
       std::copy_n(a.scores, n, best);
-      for (int64_t b = 1; b < a.batch; ++b)
+      for (int64_t b = 1; b < B; ++b)
         for (int64_t i = 0; i < n; ++i) best[i] = std::max(best[i], a.scores[b * n + i]);
       std::fill_n(marks, n, 0);
       mark(best, n, find_cut(best, n, a.capacity), marks);

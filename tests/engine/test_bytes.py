@@ -87,17 +87,17 @@ class Counted:
                 monkeypatch.setattr(reference, "dense", dense)
                 self._seen.clear()
 
-        def count_attend(q, k_cache, v_cache, positions, heads=None, *, window=None, **more):
-            H, (B, G, _, D) = q.shape[1], k_cache.shape
+        def count_attend(q, k_cache, v_cache, tokens, heads=None, *, window=None, **more):
+            H, (_, G, _, D) = q.shape[1], k_cache.shape
             chosen = range(H) if heads is None else heads[0][: int(heads[1])].tolist()
-            for b in range(B):
-                rows = min(int(positions[b]) + 1, window or 1 << 30)
-                self.cache += 2 * rows * D * k_cache.itemsize * len({h * G // H for h in chosen})
-            return attend(q, k_cache, v_cache, positions, heads, window=window, **more)
+            for position in tokens.positions[: tokens.live()].tolist():
+                read = min(position + 1, window or 1 << 30)
+                self.cache += 2 * read * D * k_cache.itemsize * len({h * G // H for h in chosen})
+            return attend(q, k_cache, v_cache, tokens, heads, window=window, **more)
 
-        def count_attn_out(o, blocks, heads=None):
+        def count_attn_out(o, blocks, heads=None, tokens=None):
             self.weights += (o.shape[1] if heads is None else int(heads[1])) * blocks[0, 0].nbytes
-            return attn_out(o, blocks, heads)
+            return attn_out(o, blocks, heads, tokens)
 
         for name, op in (("attn_qkv", count_attn_qkv), ("attend", count_attend), ("attn_out", count_attn_out)):
             monkeypatch.setattr(reference, name, op)
@@ -131,24 +131,20 @@ def test_attention_reads_what_is_told(tiny_checkpoint, monkeypatch, settings, pr
         assert told["attention"] > 0.4 * blocks
 
 
-def test_groups_are_counted_alike_on_a_gpu(tiny_checkpoint, monkeypatch):
-    """There the counts are tensor ops inside the step; the same ops on a CPU give what the host counts."""
+def test_groups_are_counted_alike_by_every_backend(tiny_checkpoint):
     folder = tiny_checkpoint("llama", num_hidden_layers=3)
     selection = dejavu.SelectionConfig("random", 0.5, (0.34, 1.0, 0.17), kv="lazy", pending=3, crossover=False)
-    engine = dejavu.load(folder, selection=selection, backend="reference", dtype="fp32")
     counts = []
-    for in_step in (False, True):
-        selector = make_selector(selection, engine.config, engine.decoder.weights, engine.decoder.ops)
-        step = DecodeStep(engine.decoder, 2, 32, "sparse", selector, 3)
-        step._selector.in_step = in_step
+    for backend in ("cpu", "reference"):
+        decoder = dejavu.load(folder, backend=backend, dtype="fp32").decoder
+        selector = make_selector(selection, decoder.config, decoder.weights, decoder.ops)
+        step = DecodeStep(decoder, decoder.new_cache(2, 32, 3), 2, "sparse", selector)
         for row in (0, 1):
-            step.prefill(row, [1, 2, 3 + row])
-        step.restart()
+            decoder.prefill(torch.tensor([1, 2, 3 + row]), step.cache, row)
         for token in range(5, 20):
-            step.feed(0, token)
-            step.feed(1, token + 20)
-            step.run()
-        counts.append(step.attn_read)
+            step.run([token, token + 20], [0, 1])
+        counts.append(step.counts.attn_read)
     assert torch.equal(*counts)
-    assert counts[0][0].tolist() == [15 * 3, 15 * 6, 15 * 2] and counts[0][1, 1] == counts[0][2, 1] == 15 * 3
-    assert (counts[0][2] >= counts[0][1]).all()  # what is attended to is projected, and full rings beside
+    heads, attended, projected = counts[0].T
+    assert heads.tolist() == [15 * 3, 15 * 6, 15 * 2] and attended[1] == projected[1] == 15 * 3
+    assert (projected >= attended).all()  # what is attended to is projected, and full rings beside

@@ -1,4 +1,4 @@
-"""Past the crossover: what is decided from given costs, what a step then reads, and that measuring gives costs."""
+"""Past the crossover: what is decided from costs and densities, what steps then read, and that both are measured."""
 
 from types import SimpleNamespace
 
@@ -7,8 +7,9 @@ import torch
 
 import dejavu
 from dejavu.config import SelectionConfig
-from dejavu.engine.crossover import Costs, measure_costs
-from dejavu.engine.step import FIRST_LOOK, DecodeStep
+from dejavu.engine import crossover
+from dejavu.engine.crossover import Costs, measure_costs, too_dense, union_densities
+from dejavu.engine.step import Steps
 from dejavu.kernels import backend
 from dejavu.selection import Cut, make_selector
 from dejavu.selection.predictor import Lookahead, Predictor, PredictorSelector
@@ -30,15 +31,19 @@ def selector(decoder, policy="random", mlp=0.3, attn=0.5, kv="lazy"):
     return make_selector(config, decoder.config, decoder.weights, decoder.ops)
 
 
-def decode(step, prompt=6):
-    """Logits after every token that follows the prompt."""
-    step.prefill(0, IDS[:prompt])
-    step.restart()
-    out = []
-    for token in IDS[prompt:]:
-        step.feed(0, token)
-        out.append(step.run()[0].clone())
-    return torch.stack(out)
+def decode(decoder, chooser=None, pending=None, mode="sparse", crosses=True):
+    """Logits of two texts after every token that follows their prompts, read in steps of 2; and the steps."""
+    steps = Steps(decoder, decoder.new_cache(2, 64, pending), mode, chooser, crossover=crosses)
+    for row in (0, 1):
+        decoder.prefill(torch.tensor(IDS[row : row + 6]), steps.cache, row)
+    out = [steps.run([IDS[at], IDS[at + 1]], [0, 1]).clone() for at in range(6, len(IDS) - 1)]
+    return torch.stack(out), steps
+
+
+@pytest.fixture
+def costs(monkeypatch):
+    """`costs(c)`: what is measured from now on."""
+    return lambda value: monkeypatch.setattr(crossover, "measure_costs", lambda *args: value)
 
 
 def test_decisions_from_given_costs():
@@ -54,61 +59,47 @@ def test_decisions_from_given_costs():
 
 
 @pytest.mark.parametrize("pending", [None, 3, 64])
-def test_past_the_crossover_a_step_is_dense(decoder, pending):
-    """The keys and values that waited when attention came to be read whole are there afterwards."""
-    plain = decode(DecodeStep(decoder, 1, 64, "sparse", selector(decoder), pending))
-    step = DecodeStep(decoder, 1, 64, "sparse", selector(decoder), pending, NEVER)
-    never = decode(step)
-    assert step.whole == ((0, 1), (0, 1))
-    assert torch.equal(never[:FIRST_LOOK], plain[:FIRST_LOOK])
-    # From its state on, a step that obeys nothing else but reads everything gives the same, bit for bit.
-    full = DecodeStep(decoder, 1, 64, "sparse", Then(selector(decoder), FIRST_LOOK), None)
-    assert torch.equal(never, decode(full))
-    sparse, dense = FIRST_LOOK, len(never) - FIRST_LOOK
-    c = decoder.config
-    assert (step.heads_read == sparse * 2 + dense * c.num_attention_heads).all()
-    assert (step.rows_read[:, 0] == sparse * 15 + dense * c.intermediate_size).all()
+def test_past_the_crossover_a_step_is_dense(decoder, costs, pending):
+    costs(NEVER)
+    ours, steps = decode(decoder, selector(decoder), pending)
+    assert steps.whole(2) == ((0, 1), (0, 1)) and steps.whole(1) == ((), ())
+    assert torch.equal(ours, decode(decoder, mode="dense")[0])
+    c, n = decoder.config, len(ours)
+    assert (steps.counts.heads_read == n * c.num_attention_heads).all()
+    assert (steps.counts.rows_read[:, 0] == n * c.intermediate_size).all()
 
 
-class Then:
-    """A selector for some steps, and everything after them; keys and values are full, and nothing is captured."""
-
-    capturable = False
-
-    def __init__(self, selector, steps):
-        self._selector, self._left = selector, steps + 1
-        self.cuts, self.begin, self.collect = selector.cuts, selector.begin, selector.collect
-
-    def fresh(self):
-        return self
-
-    def restart(self):
-        self._selector.restart()
-
-    def advance(self):
-        self._selector.advance()
-        self._left -= 1
-
-    def heads(self, *args):
-        return self._selector.heads(*args) if self._left > 0 else None
-
-    def neurons(self, *args):
-        return self._selector.neurons(*args) if self._left > 0 else None
+def test_where_selections_pay_nothing_changes(decoder, costs):
+    costs(ALWAYS)
+    ours, steps = decode(decoder, selector(decoder), 8)
+    assert torch.equal(ours, decode(decoder, selector(decoder), 8, crosses=False)[0])
+    assert steps.whole(2) == ((), ())
 
 
-def test_where_selections_pay_nothing_changes(decoder):
-    plain = decode(DecodeStep(decoder, 1, 64, "sparse", selector(decoder), 8))
-    step = DecodeStep(decoder, 1, 64, "sparse", selector(decoder), 8, ALWAYS)
-    assert torch.equal(decode(step), plain)
-    assert step.whole == ((), ())
-
-
-def test_each_layer_goes_its_own_way(decoder):
+def test_each_layer_goes_its_own_way(decoder, costs):
     """Layer 0 keeps 20 % of its neurons, layer 1 80 %; heads pay in neither."""
-    costs = Costs((9.0, 0.0), 1.0, (0.0, 1.0, 0.0), (0.5, 0.0))
-    step = DecodeStep(decoder, 1, 64, "sparse", selector(decoder, mlp=(0.2, 0.8)), 8, costs)
-    decode(step)
-    assert step.whole == ((0, 1), (1,))
+    costs(Costs((9.0, 0.0), 1.0, (0.0, 1.0, 0.0), (0.5, 0.0)))
+    _, steps = decode(decoder, selector(decoder, mlp=(0.2, 0.8)), 8)
+    assert steps.whole(2) == ((0, 1), (1,))
+
+
+def test_densities_are_of_unions(decoder):
+    """Of static sets a union is each; of random ones it is what chance says, more for more texts."""
+    chooser = selector(decoder)
+    H, I = decoder.config.num_attention_heads, decoder.config.intermediate_size  # noqa: E741
+    one, four = (union_densities(decoder, size, 3, chooser) for size in (1, 4))
+    for heads, rows in (one, four):  # the random policy draws a set a step, for all its tokens
+        assert heads == pytest.approx([2 / H] * 2) and [r[0] for r in rows] == pytest.approx([15 / I] * 2)
+    signs = selector(decoder, "signs", attn=1.0)
+    alone, together = (union_densities(decoder, size, None, signs)[1][0][0] for size in (1, 4))
+    assert alone == pytest.approx(15 / I) and alone < together <= 4 * alone
+    assert union_densities(decoder, 4, None, signs)[1][0][0] == together
+
+
+def test_a_decision_needs_a_selection():
+    cuts = SimpleNamespace(cuts=[(None, Cut(3)), (Cut(2), None)])
+    assert too_dense(NEVER, ([1.0, 1.0], [[1.0, 1.0], [1.0, 1.0]]), cuts) == {(0, 1), (1, 0)}
+    assert too_dense(ALWAYS, ([1.0, 1.0], [[1.0, 1.0], [1.0, 1.0]]), cuts) == set()
 
 
 def test_a_predictor_of_a_part_read_whole_is_not_run():
@@ -127,7 +118,7 @@ def test_a_predictor_of_a_part_read_whole_is_not_run():
 
     def run(s):
         calls.clear()
-        s.begin(y)
+        s.begin(y, None)
         return [selection and int(selection[1]) for i in (0, 1) for selection in (s.heads(i, y, None), s.neurons(i, y))]
 
     assert run(fewer) == [2, None, None, 3]
@@ -139,7 +130,7 @@ def test_a_predictor_of_a_part_read_whole_is_not_run():
 
 @pytest.mark.parametrize("model_type, settings", [("opt", {}), ("llama", {}), ("llama", {"hidden_act": "silu"})])
 @pytest.mark.parametrize("pending", [None, 4])
-def test_costs_are_measured_once(tiny_checkpoint, model_type, settings, pending):
+def test_costs_are_measured(tiny_checkpoint, model_type, settings, pending):
     decoder = dejavu.load(tiny_checkpoint(model_type, **settings), backend="cpu").decoder
     chooser = selector(decoder, "signs", attn=1.0)
     costs = measure_costs(decoder, 2, pending, chooser)
@@ -147,16 +138,25 @@ def test_costs_are_measured_once(tiny_checkpoint, model_type, settings, pending)
     assert costs.choosing[1] > 0
     if settings.get("hidden_act") == "silu":
         assert costs.neurons[2] == costs.neurons_whole[1] == 0
-    assert measure_costs(decoder, 2, pending, chooser) is costs
-    assert measure_costs(decoder, 3, pending, chooser) is not costs
 
 
-def test_an_engine_obeys_its_setting(tiny_checkpoint, monkeypatch):
-    monkeypatch.setattr("dejavu.engine.engine.measure_costs", lambda *args: NEVER)
+def test_they_are_measured_once_for_each_size(decoder, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(crossover, "measure_costs", lambda decoder, size, *args: sizes.append(size) or NEVER)
+    chooser = selector(decoder)
+    for _ in range(2):
+        steps = Steps(decoder, decoder.new_cache(4, 16), "sparse", chooser, crossover=True)
+        for size in (1, 2, 4, 2):
+            steps.step(size)
+    assert sizes == [2, 4]
+
+
+def test_an_engine_obeys_its_setting(tiny_checkpoint, costs):
+    costs(NEVER)
     whole = []
-    for crossover in (True, False):
-        selection = SelectionConfig("random", 0.3, 0.5, kv="lazy", crossover=crossover)
+    for on in (True, False):
+        selection = SelectionConfig("random", 0.3, 0.5, kv="lazy", crossover=on)
         engine = dejavu.load(tiny_checkpoint(), backend="cpu", selection=selection)
         whole.append(engine.generate([[1, 2], [3]], max_new_tokens=8, ignore_eos=True)[0].stats.whole)
-        assert engine.new_step(1, 16, crossover=False).whole == ((), ())
+        assert engine.new_steps(2, 16, crossover=False).whole(2) == ((), ())
     assert whole == [((0, 1), (0, 1)), ((), ())]

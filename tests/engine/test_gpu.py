@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import dejavu
-from dejavu.engine.crossover import Costs, measure_costs
-from dejavu.engine.step import FIRST_LOOK, DecodeStep
+from dejavu.engine import crossover
+from dejavu.engine.crossover import Costs, measure_costs, union_densities
+from dejavu.engine.step import DecodeStep, Steps
 from dejavu.selection import Cut, make_selector
 from dejavu.selection.pack import Pack, Point
 from dejavu.selection.predictor import Lookahead, Predictor
@@ -116,7 +117,7 @@ def test_sparse_graph_equals_eager_bit_for_bit_with_lookahead_beside(tiny_checkp
         def advance(self):
             pass
 
-        def begin(self, x):
+        def begin(self, x, tokens):
             self._heads = None
 
         def collect(self, layer, part):
@@ -136,13 +137,10 @@ def test_sparse_graph_equals_eager_bit_for_bit_with_lookahead_beside(tiny_checkp
             return result
 
     def logits():
-        step = DecodeStep(d, 1, 32, "sparse", Lookahead(), 4)
-        out = [step.prefill(0, [1, 2, 3])]
-        step.restart()
-        for token in range(4, 30):
-            step.feed(0, token)
-            out.append(step.run()[0])
-        return torch.stack(out), step.heads_read, step.rows_read
+        step = DecodeStep(d, d.new_cache(1, 32, 4), 1, "sparse", Lookahead())
+        out = [d.prefill(torch.tensor([1, 2, 3]), step.cache).cpu()]
+        out += [step.run([token], [0])[0].clone() for token in range(4, 30)]
+        return torch.stack(out), step.counts.heads_read, step.counts.rows_read
 
     overlapped = logits()
     with d.ops.sequential():
@@ -151,30 +149,33 @@ def test_sparse_graph_equals_eager_bit_for_bit_with_lookahead_beside(tiny_checkp
     assert overlapped[1].tolist() == [26 * H] + [26 * (H // 2)] * (L - 1)
 
 
-def test_what_selections_do_not_pay_for_is_read_whole(tiny_checkpoint):
-    """Captured anew in the middle of a text: counts go on, and the logits are those of a step told to do so."""
-    folder, selection = tiny_checkpoint(), dejavu.SelectionConfig("random", 0.4, 0.5, kv="lazy", pending=4, seed=3)
-    never = Costs((9.0, 0.0), 1.0, (9.0, 0.0, 0.0), (1.0, 0.0))
-    logits = []
+def test_steps_of_several_sizes_over_one_cache_equal_the_reference(tiny_checkpoint, monkeypatch):
+    """Rows join and leave, several tokens of a row, padding, lazy keys and values; parts read whole in steps of two."""
+    folder, selection = tiny_checkpoint("llama"), dejavu.SelectionConfig("random", 0.4, 0.5, kv="lazy", seed=3)
+    never = Costs((9.0, 0.0), 1.0, (0.0, 0.0, 0.0), (1.0, 0.0))
+    runs = [([5, 6, 7], [2, 2, 0]), ([8], [2]), ([9, 9], [0, 1]), ([1, 2, 3, 4, 5], [1, 1, 2, 0, 0]), ([3], [1])]
+    results = []
     for backend in ("triton", "reference"):
         d = dejavu.load(folder, dtype="fp32", backend=backend).decoder
         selector = make_selector(selection, d.config, d.weights, d.ops)
         if backend == "triton":
             assert measure_costs(d, 2, 4, selector).heads_whole > 0
-        step = DecodeStep(d, 2, 64, "sparse", selector, 4, never if backend == "triton" else None)
-        for row in (0, 1):
-            step.prefill(row, [1, 2, 3 + row])
-        step.restart()
-        out = []
-        for token in range(5, 20):
-            step.feed(0, token)
-            step.feed(1, token + 20)
-            out.append(step.run().clone())
-            if backend == "reference" and len(out) == FIRST_LOOK:
-                step._selector.read_whole({(layer, part) for layer in (0, 1) for part in (0, 1)})
+            assert union_densities(d, 2, 4, selector)[0][0] == pytest.approx(0.5)
+        monkeypatch.setattr(crossover, "measure_costs", lambda *args: never)
+        steps = Steps(d, d.new_cache(3, 64, 4), "sparse", selector, crossover=True)
+        if backend == "reference":  # which captures nothing, and so measures nothing
+            steps._whole[2], steps._crossover = frozenset({(0, 0), (1, 0)}), True
+            monkeypatch.setattr(crossover, "whole_parts", lambda *args: frozenset({(0, 0), (1, 0)}))
+            steps._whole |= {size: frozenset({(0, 0), (1, 0)}) for size in (4, 8)}
+        for row in (0, 1, 2):
+            d.prefill(torch.tensor([1, 2, 3 + row]), steps.cache, row)
+        out = [steps.run(ids, rows).clone() for _ in range(3) for ids, rows in runs]
         if backend == "triton":
-            assert step.whole == ((0, 1), (0, 1))
-        assert (step.heads_read == 4 * 2 + 11 * 3).all()
-        logits.append(torch.stack(out))
+            assert steps.whole(2) == steps.whole(8) == ((0, 1), ())
+        results.append((torch.cat(out), steps.counts.rows_read.cpu(), steps.counts.attn_read.cpu()))
+        monkeypatch.undo()
+    (ours, *counts), (theirs, *expected) = results
+    assert all(torch.equal(a, b) for a, b in zip(counts, expected, strict=True))
+    logits = [ours, theirs]
     # float32 on both; GEMMs of the prompt differ most
     torch.testing.assert_close(*logits, rtol=0, atol=1e-3)

@@ -79,8 +79,15 @@ def test_selections_change_what_is_scored(base, requests):
     assert (dense[0] - sparse[0]).abs().max() > 0.05
 
 
-def test_rows_that_decode_together_read_the_union(base, requests):
-    engine = engine_of(base, "oracle")
+def test_rows_that_decode_together_read_the_union(base):
+    """And no more: rows that have ended select nothing."""
+    engine, ids = engine_of(base, "oracle"), base.tokenizer.encode(TEXT)
+    requests = [Request(tuple(ids[:1] + ids[at : at + 19]), 1) for at in (1, 9, 17)]
+    ended = [requests[0], *(Request(r.ids[:2], 1) for r in requests[1:])]
+    alone, beside = Reads(engine), Reads(engine)
+    Scorer(engine, "steps", 1).logits(requests[:1], alone)
+    Scorer(engine, "steps", 3).logits(ended, beside)
+    assert 0 <= sum(beside.densities()["mlp"]) - sum(alone.densities()["mlp"]) < 0.01 * base.config.num_hidden_layers
     read = {}
     for batch in (1, 3):
         reads = Reads(engine)

@@ -12,6 +12,7 @@ import torch
 from dejavu.errors import ConfigError, KernelUnavailable
 from dejavu.kernels import backend, cpu, reference
 from dejavu.kernels.quantized import RowFormat, quantize
+from dejavu.kernels.reference import Tokens
 
 OPS = ("embed", "add_positions", "add_norm", "linear", "attn_qkv", "attend", "attn_out", "mlp")
 ISAS = ("avx512", "avx2", "portable")
@@ -68,12 +69,12 @@ def test_linear(isa, dtype, B, C, N):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_embed_and_positions(isa, dtype):
     table, ids = weights(11, 37, dtype=dtype), torch.tensor([0, 10, 3], dtype=torch.int32)
-    x = cpu.embed(ids, table)
-    assert torch.equal(x, reference.embed(ids, table))
+    tokens = Tokens.one_a_row(torch.tensor([0, 8, 3], dtype=torch.int32), ids)
+    x = cpu.embed(tokens, table)
+    assert torch.equal(x, reference.embed(tokens, table))
     y = x.clone()
-    positions = torch.tensor([0, 8, 3], dtype=torch.int32)
-    cpu.add_positions(x, positions, table, 2)
-    reference.add_positions(y, positions, table, 2)
+    cpu.add_positions(x, tokens, table, 2)
+    reference.add_positions(y, tokens, table, 2)
     assert torch.equal(x, y)
 
 
@@ -103,7 +104,7 @@ def test_mlp(isa, dtype, gated, count, B, C, inter):
     for activation, threshold, activate_up in [("relu", 0, gated), ("fatrelu", 0.3, False), ("silu", 0, False)]:
         for exact in (False, True) if activation != "silu" else (False,):
             read, read2 = torch.zeros(2, rows.shape[1], dtype=torch.int64)
-            kw = {"activation": activation, "threshold": threshold, "activate_up": activate_up, "exact": exact}
+            kw = {"activation": activation, "threshold": threshold, "activate_up": activate_up, "skip_zeros": exact}
             ours = cpu.mlp(x, rows, bias, neurons, rows_read=read, **kw).sum(0)
             check(ours, reference.mlp(x, rows, bias, neurons, rows_read=read2, **kw).sum(0))
             assert torch.equal(read, read2)
@@ -121,9 +122,9 @@ def test_smooth_activations(isa, activation):
 def test_exact_equals_dense_bit_for_bit(isa):
     x, rows, bias = torch.randn(3, 96), weights(500, 2, 96, dtype=torch.bfloat16), torch.randn(500) - 1
     dense = cpu.mlp(x, rows, bias, activation="relu")
-    assert torch.equal(dense, cpu.mlp(x, rows, bias, activation="relu", exact=True))
+    assert torch.equal(dense, cpu.mlp(x, rows, bias, activation="relu", skip_zeros=True))
     everything = torch.arange(500, dtype=torch.int32), torch.tensor([500], dtype=torch.int32)
-    assert torch.equal(dense, cpu.mlp(x, rows, bias, everything, activation="relu", exact=True))
+    assert torch.equal(dense, cpu.mlp(x, rows, bias, everything, activation="relu", skip_zeros=True))
 
 
 def attention_case(dtype, *, B=3, G=2, r=2, D=16, C=48, S=40, rotary=True):
@@ -132,7 +133,7 @@ def attention_case(dtype, *, B=3, G=2, r=2, D=16, C=48, S=40, rotary=True):
         "blocks": weights(G, 2 * r + 2, D, C, dtype=dtype),
         "bias": torch.randn(G, r + 2, D),
         "cos_sin": torch.randn(S, D) if rotary else None,
-        "positions": torch.tensor([(11 * b + 5) % S for b in range(B)], dtype=torch.int32),
+        "tokens": Tokens.one_a_row(torch.tensor([(11 * b + 5) % S for b in range(B)], dtype=torch.int32)),
     }
     caches = [weights(B, G, S, D, dtype=dtype) for _ in range(2)]
     return case, caches
@@ -156,8 +157,8 @@ def test_attention(isa, dtype, count, shape):
         assert torch.allclose(ours.float(), theirs.float(), rtol=2**-7 if dtype == torch.bfloat16 else 0, atol=2e-5)
     for window in (None, 7):
         kw = {"heads": heads, "scale": 0.3, "window": window}
-        o = cpu.attend(q2, k2, v2, case["positions"], **kw)
-        o2 = reference.attend(q2, k2, v2, case["positions"], **kw)
+        o = cpu.attend(q2, k2, v2, case["tokens"], **kw)
+        o2 = reference.attend(q2, k2, v2, case["tokens"], **kw)
         for h in chosen:
             check(q[:, h], q2[:, h])
             check(o[:, h], o2[:, h])
@@ -175,19 +176,80 @@ def test_lazy_keys_and_values_equal_full(isa, dtype, r, pending):
     for step in range(S - 3):
         case["x"] = torch.randn(B, C)
         # Rows of a batch stand at different positions.
-        case["positions"] = torch.tensor([step, max(0, step - 3)], dtype=torch.int32)
+        positions = torch.tensor([step, max(0, step - 3)], dtype=torch.int32)
+        case["tokens"] = Tokens.one_a_row(positions)
         if step <= 3:
             kv_len[1] = 0
         heads = pick(int(torch.randint(0, G * r + 1, ())), G * r)
         cpu.attn_qkv(**case, k_cache=full_k, v_cache=full_v)
-        cpu.attn_qkv(**case, k_cache=lazy_k, v_cache=lazy_v, heads=heads, hidden=hidden, kv_len=kv_len)
+        lazy = {"hidden": hidden, "kv_len": kv_len, "pending": pending}
+        cpu.attn_qkv(**case, k_cache=lazy_k, v_cache=lazy_v, heads=heads, **lazy)
         for g in {h // r for h in heads[0][: int(heads[1])].tolist()}:
             for b in range(B):
-                assert kv_len[b, g] == case["positions"][b] + 1
+                assert kv_len[b, g] == positions[b] + 1
                 done = slice(0, int(kv_len[b, g]))
                 assert torch.equal(lazy_k[b, g, done], full_k[b, g, done])
                 assert torch.equal(lazy_v[b, g, done], full_v[b, g, done])
-        assert (case["positions"][:, None] + 1 - kv_len < pending).all()
+        assert (positions[:, None] + 1 - kv_len < pending).all()
+
+
+def places(*where: tuple[int, int]) -> Tokens:
+    """Tokens at (row, position) each."""
+    rows, positions = torch.tensor(where, dtype=torch.int32).T.contiguous()
+    return Tokens(torch.zeros_like(rows), rows, positions)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pending", [None, 3])
+def test_several_tokens_of_a_row_equal_one_at_a_time(isa, dtype, pending):
+    """Keys, values and outputs bit for bit, padding behind them or not, in rows of any order."""
+    R, G, r, C, S = 4, 3, 2, 48, 30
+    case, (k, v) = attention_case(dtype, B=R, G=G, r=r, C=C, S=S)
+    state = {"hidden": torch.zeros(R, 8, C), "kv_len": torch.zeros(R, G, dtype=torch.int32), "pending": pending}
+    state = {} if pending is None else state
+    k2, v2 = k.clone(), v.clone()
+    state2 = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in state.items()}
+    lengths = [0] * R
+    for step in range(9):
+        counts = torch.randint(0, 4, (R,)).tolist() if step < 8 else [1] * R
+        order = torch.randperm(R).tolist()
+        where = [(row, lengths[row] + i) for row in order for i in range(counts[row])]
+        padding = int(torch.randint(0, 3, ()))
+        if not where:
+            continue
+        x = torch.randn(len(where) + padding, C)
+        x[len(where) :] = torch.nan
+        case["x"], case["tokens"] = x, places(*where, *[(-1, 0)] * padding)
+        # Every head at last: then nothing waits.
+        heads = None if step == 8 or pending is None else pick(int(torch.randint(0, 3, ())), G * r)
+        read = torch.zeros(3, dtype=torch.int64)
+        q = cpu.attn_qkv(**case, k_cache=k, v_cache=v, heads=heads, attn_read=read, **state)
+        o = cpu.attend(q, k, v, case["tokens"], heads, scale=0.3)
+        chosen = list(range(G * r)) if heads is None else heads[0][: int(heads[1])].tolist()
+        assert read[:2].tolist() == [len(chosen), len({h // r for h in chosen})]
+        for n, place in enumerate(where):
+            case["x"], case["tokens"] = x[n : n + 1].clone(), places(place)
+            q2 = cpu.attn_qkv(**case, k_cache=k2, v_cache=v2, heads=heads, **state2)
+            o2 = cpu.attend(q2, k2, v2, case["tokens"], heads, scale=0.3)
+            assert torch.equal(q[n, chosen], q2[0, chosen])
+            assert torch.equal(o[n, chosen], o2[0, chosen])
+            lengths[place[0]] += 1
+    assert torch.equal(k, k2) and torch.equal(v, v2)
+
+
+def test_padding_costs_and_changes_nothing(isa):
+    x, rows, head = torch.randn(5, 64), weights(203, 2, 64, dtype=torch.float32), weights(9, 64, dtype=torch.float32)
+    tokens, alone = places((3, 1), (0, 7), *[(-1, 0)] * 3), places((3, 1), (0, 7))
+    read, read2 = torch.zeros(2, 2, dtype=torch.int64)
+    bias = torch.randn(203) - 1
+    padded = cpu.mlp(x, rows, bias, None, tokens, activation="relu", skip_zeros=True, rows_read=read)[:, :2]
+    whole = cpu.mlp(x[:2].clone(), rows, bias, None, alone, activation="relu", skip_zeros=True, rows_read=read2)
+    assert torch.equal(padded, whole) and torch.equal(read, read2)
+    assert torch.equal(cpu.linear(x, head, None, tokens)[:2], cpu.linear(x[:2].clone(), head))
+    scores = torch.randn(5, 300)
+    for select in (lambda s, t: cpu.select_topk(s, 20, t), lambda s, t: cpu.select_threshold(s, 1.5, 30, t)):
+        (idx, count), (idx2, count2) = select(scores, tokens), select(scores[:2].clone(), alone)
+        assert int(count) == int(count2) and torch.equal(idx[: int(count)], idx2[: int(count)])
 
 
 def test_a_row_does_not_depend_on_its_batch_or_on_threads(isa):
@@ -214,7 +276,7 @@ def test_graph_equals_eager_and_keeps_its_tensors():
     ids = torch.zeros(1, dtype=torch.int32)
 
     def step():
-        x = cpu.embed(ids, table)
+        x = cpu.embed(Tokens.one_a_row(torch.zeros_like(ids), ids), table)
         partials = cpu.mlp(x, rows, None, activation="relu")
         return cpu.linear(cpu.add_norm(x, partials, None, None, None, kind="rms", eps=1e-5), table)
 
@@ -283,16 +345,16 @@ def test_what_is_not_a_number_is_not_hidden(isa, activation, weights, kinds):
     x[0, 3] = torch.nan
     rows = rows.to(getattr(torch, weights)) if "float" in weights else quantize(rows, RowFormat.parse(weights))
     for exact in (False, True):
-        ours = cpu.mlp(x, rows, None, activation=activation, exact=exact).sum(0)
+        ours = cpu.mlp(x, rows, None, activation=activation, skip_zeros=exact).sum(0)
         assert ours[0].isnan().all() and ours[1].isfinite().all()
     assert reference.mlp(x, rows, None, activation=activation).sum(0)[0].isnan().all()
 
 
 def test_attention_to_what_is_not_a_number_is_not_a_number(isa):
     q, (k, v) = torch.randn(1, 2, 8), torch.randn(2, 1, 2, 16, 8)
-    positions = torch.tensor([9], dtype=torch.int32)
+    tokens = Tokens.one_a_row(torch.tensor([9], dtype=torch.int32))
     k[0, 0, 3, 2] = torch.nan
-    out = cpu.attend(q, k, v, positions, scale=0.3)
+    out = cpu.attend(q, k, v, tokens, scale=0.3)
     assert out[0, 0].isnan().all() and out[0, 1].isfinite().all()
 
 

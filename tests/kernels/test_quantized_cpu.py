@@ -5,6 +5,7 @@ import torch
 
 from dejavu.kernels import cpu, reference
 from dejavu.kernels.quantized import RowFormat, quantize
+from dejavu.kernels.reference import Tokens
 
 FORMATS = [RowFormat.parse(name) for name in ("int8", "int4", "int4-g32", "int4-g128", "int4-g32z", "int4-g128z")]
 
@@ -58,8 +59,9 @@ def test_linear_of_signs(isa, B, C, N):
 
 @pytest.mark.parametrize("C", [36, 50, 128])
 def test_embed(isa, make, C):
-    table, ids = make(11, C), torch.tensor([0, 10, 3], dtype=torch.int32)
-    close(cpu.embed(ids, table), reference.embed(ids, table))
+    ids = torch.tensor([0, 10, 3], dtype=torch.int32)
+    table, tokens = make(11, C), Tokens.one_a_row(ids, ids)
+    close(cpu.embed(tokens, table), reference.embed(tokens, table))
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -72,7 +74,7 @@ def test_mlp(isa, make, gated, count, B, C, inter):
     dense = cpu.mlp(x, rows, bias, neurons, activation="relu")
     close(dense.sum(0), reference.mlp(x, rows, bias, neurons, activation="relu").sum(0))
     read = torch.zeros(rows.shape[1], dtype=torch.int64)
-    exact = cpu.mlp(x, rows, bias, neurons, activation="relu", exact=True, rows_read=read)
+    exact = cpu.mlp(x, rows, bias, neurons, activation="relu", skip_zeros=True, rows_read=read)
     assert torch.equal(dense, exact)
     # For one row of relu, some neurons are shut.
     assert read[-1] < read[0] or B > 1 or read[0] <= 1
@@ -86,7 +88,8 @@ def test_attention(isa, make, count, shape, dtype):
     S, H = 20, G * r
     args = (
         *(torch.randn(B, C), make(G, 2 * r + 2, D, C), torch.randn(G, r + 2, D)),
-        *(torch.randn(S, D) if rotary else None, torch.tensor([(7 * b + 5) % S for b in range(B)], dtype=torch.int32)),
+        torch.randn(S, D) if rotary else None,
+        Tokens.one_a_row(torch.tensor([(7 * b + 5) % S for b in range(B)], dtype=torch.int32)),
     )
     caches = torch.randn(2, B, G, S, D).to(dtype)
     heads = None if count is None else pick(H if count == "all" else min(count, H), H)
@@ -108,10 +111,10 @@ def test_lazy_keys_and_values_equal_full(isa, make):
     full, lazy = torch.zeros(2, B, G, S, D), torch.zeros(2, B, G, S, D)
     hidden, kv_len = torch.zeros(B, pending, C), torch.zeros(B, G, dtype=torch.int32)
     for step in range(S):
-        x, positions = torch.randn(B, C), torch.full((B,), step, dtype=torch.int32)
+        x, tokens = torch.randn(B, C), Tokens.one_a_row(torch.full((B,), step, dtype=torch.int32))
         heads = pick(step % 3, G * r)
-        cpu.attn_qkv(x, blocks, bias, None, positions, *full)
-        cpu.attn_qkv(x, blocks, bias, None, positions, *lazy, heads, hidden=hidden, kv_len=kv_len)
+        cpu.attn_qkv(x, blocks, bias, None, tokens, *full)
+        cpu.attn_qkv(x, blocks, bias, None, tokens, *lazy, heads, hidden=hidden, kv_len=kv_len, pending=pending)
         for g in {h // r for h in heads[0][: int(heads[1])].tolist()}:
             assert torch.equal(lazy[:, :, g, : step + 1], full[:, :, g, : step + 1])
 

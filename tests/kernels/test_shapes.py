@@ -9,6 +9,7 @@ import torch
 from dejavu.errors import ConfigError
 from dejavu.kernels import backend, reference, shapes
 from dejavu.kernels.quantized import RowFormat, quantize
+from dejavu.kernels.reference import Tokens
 
 B, C, G, R, D, S, I, V, P = 2, 12, 2, 2, 4, 8, 9, 7, 3  # noqa: E741 (the field's letter)
 OPS = ("embed", "add_positions", "add_norm", "linear", "attn_qkv", "attend", "attn_out", "mlp", "select_threshold",
@@ -22,24 +23,28 @@ def ints(*values: int) -> torch.Tensor:
 def good(op: str) -> dict:
     """Arguments that fit."""
     torch.manual_seed(0)
+    tokens = Tokens(ints(0, 3), ints(1, 0), ints(1, 2))
     heads, kv = (ints(0, 3), ints(2)), {"k_cache": torch.randn(B, G, S, D), "v_cache": torch.randn(B, G, S, D)}
     return {
-        "embed": {"ids": ints(0, 3), "table": torch.randn(V, C)},
-        "add_positions": {"x": torch.randn(B, C), "positions": ints(1, 2), "table": torch.randn(V, C), "offset": 2},
+        "embed": {"tokens": tokens, "table": torch.randn(V, C)},
+        "add_positions": {"x": torch.randn(B, C), "tokens": tokens, "table": torch.randn(V, C), "offset": 2},
         "add_norm": {"x": torch.randn(B, C), "partials": torch.randn(3, B, C), "partial_bias": torch.randn(C),
-                     "weight": torch.randn(C), "bias": torch.randn(C), "kind": "layer", "eps": 1e-5},
-        "linear": {"x": torch.randn(B, C), "weight": torch.randn(V, C), "bias": torch.randn(V)},
+                     "weight": torch.randn(C), "bias": torch.randn(C), "tokens": tokens, "kind": "layer", "eps": 1e-5},
+        "linear": {"x": torch.randn(B, C), "weight": torch.randn(V, C), "bias": torch.randn(V),
+                   "tokens": tokens},
         "attn_qkv": {"x": torch.randn(B, C), "blocks": torch.randn(G, 2 * R + 2, D, C),
-                     "bias": torch.randn(G, R + 2, D), "cos_sin": torch.randn(S, D), "positions": ints(1, 2), **kv,
-                     "heads": heads, "hidden": torch.randn(B, P, C), "kv_len": torch.zeros(B, G, dtype=torch.int32)},
-        "attend": {"q": torch.randn(B, G * R, D), **kv, "positions": ints(1, 2), "heads": heads, "scale": 0.5,
+                     "bias": torch.randn(G, R + 2, D), "cos_sin": torch.randn(S, D), "tokens": tokens, **kv,
+                     "heads": heads, "hidden": torch.randn(B, P, C), "kv_len": torch.zeros(B, G, dtype=torch.int32),
+                     "pending": P, "attn_read": torch.zeros(3, dtype=torch.int64)},
+        "attend": {"q": torch.randn(B, G * R, D), **kv, "tokens": tokens, "heads": heads, "scale": 0.5,
                    "window": 3},
-        "attn_out": {"o": torch.randn(B, G * R, D), "blocks": torch.randn(G, 2 * R + 2, D, C), "heads": heads},
+        "attn_out": {"o": torch.randn(B, G * R, D), "blocks": torch.randn(G, 2 * R + 2, D, C), "heads": heads,
+                     "tokens": tokens},
         "mlp": {"x": torch.randn(B, C), "rows": torch.randn(I, 3, C), "bias": torch.randn(I, 2),
-                "neurons": (ints(1, 5), ints(2)), "activation": "relu", "exact": True,
+                "neurons": (ints(1, 5), ints(2)), "tokens": tokens, "activation": "relu", "skip_zeros": True,
                 "rows_read": torch.zeros(3, dtype=torch.int64)},
-        "select_threshold": {"scores": torch.randn(B, V), "threshold": 0.0, "capacity": 4},
-        "select_topk": {"scores": torch.randn(B, V), "k": 3},
+        "select_threshold": {"scores": torch.randn(B, V), "threshold": 0.0, "capacity": 4, "tokens": tokens},
+        "select_topk": {"scores": torch.randn(B, V), "k": 3, "tokens": tokens},
     }[op]  # fmt: skip
 
 
@@ -55,15 +60,22 @@ def test_each_check_has_the_signature_of_its_op(op):
 @pytest.mark.parametrize(
     ("op", "argument", "value", "message"),
     [
-        ("embed", "ids", torch.zeros(2), r"embed: ids: expected (B) int32, found (2) float32"),
-        ("attn_qkv", "k_cache", torch.zeros(1, G, S, D), f"attn_qkv: k_cache: expected ({B}, {G}, S, {D})"),
+        (
+            "embed",
+            "tokens",
+            Tokens(torch.zeros(2), *2 * [ints(0, 0)]),
+            "embed: ids: expected (N) int32, found (2) float32",
+        ),
+        ("attn_qkv", "k_cache", torch.zeros(B, G + 1, S, D), f"attn_qkv: k_cache: expected (R, {G}, S, {D})"),
         ("attn_qkv", "v_cache", torch.zeros(B, G, S - 1, D), f"attn_qkv: v_cache: expected ({B}, {G}, {S}, {D})"),
-        ("attn_qkv", "hidden", torch.zeros(B, P, C + 1), f"attn_qkv: hidden: expected ({B}, P, {C})"),
+        ("attn_qkv", "hidden", torch.zeros(B, P, C + 1), f"attn_qkv: hidden: expected ({B}, Q, {C})"),
         ("attn_qkv", "kv_len", None, "attn_qkv: hidden and kv_len: expected both or neither"),
-        ("attn_qkv", "positions", ints(1), "attn_qkv: positions: expected (2) int32, found (1) int32"),
+        ("attn_qkv", "tokens", Tokens(*2 * [ints(0, 0)], ints(1)), "positions: expected (2) int32, found (1) int32"),
+        ("attn_qkv", "pending", P + 1, f"attn_qkv: pending: expected an integer of 1 to the ring's {P} places"),
+        ("mlp", "tokens", Tokens(ints(0, 0), ints(0), ints(0, 0)), "mlp: rows: expected (2) int32, found (1) int32"),
         ("attn_qkv", "cos_sin", torch.zeros(S - 1, D), "a row for each of the cache's 8 positions, found 7 rows"),
         ("attend", "q", torch.zeros(B, 3, D), "attend: query heads: expected a multiple of the 2 key heads, found 3"),
-        ("attend", "q", torch.zeros(B, G * R, D + 1), "attend: k_cache: expected (2, 2, S, 5)"),
+        ("attend", "q", torch.zeros(B, G * R, D + 1), "attend: k_cache: expected (R, 2, S, 5)"),
         ("attend", "v_cache", torch.zeros(B, G, S, D).bfloat16(), "attend: v_cache: expected (2, 2, 8, 4) float32"),
         ("attend", "window", 0, "attend: window: expected positive, or None, found 0"),
         (
@@ -118,8 +130,9 @@ def test_any_arguments_run_rightly_or_are_refused(isa):
                 if isinstance(value, torch.Tensor):
                     arguments[argument] = rng.choice([spoil(rng, value), spoil(rng, value), value, None])
                 elif isinstance(value, tuple):
-                    idx, count = value
-                    arguments[argument] = rng.choice([(spoil(rng, idx), count), (idx, spoil(rng, count))])
+                    parts, at = list(value), rng.randrange(len(value))
+                    parts[at] = spoil(rng, parts[at])
+                    arguments[argument] = Tokens(*parts) if isinstance(value, Tokens) else tuple(parts)
                 elif type(value) is int:
                     arguments[argument] = rng.choice([-1, 0, 1, 3])
             copies = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}

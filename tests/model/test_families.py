@@ -11,7 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dejavu.checkpoint.layout import allocate
 from dejavu.kernels import backend
+from dejavu.kernels.reference import Tokens
 from dejavu.model import decoder, family
+from dejavu.model.counts import Counts
 from dejavu.model.decoder import Decoder
 
 TOKENS, CHUNK, WINDOW = 23, 7, 6
@@ -128,14 +130,14 @@ def assert_equal(ours: torch.Tensor, theirs: torch.Tensor):
     assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
 
 
-def decode(model: Decoder, tokens: torch.Tensor, prefilled: int, cache, mode: str = "dense", rows_read=None):
+def decode(model: Decoder, tokens: torch.Tensor, prefilled: int, cache, mode: str = "dense", counts=None):
     """Row 0 from its first token, row 1 from behind a prefill: (step, row, V) logits of a ragged batch."""
     model.prefill(tokens[1, :prefilled], cache, row=1)
     out = []
     for t in range(TOKENS - prefilled):
         positions = torch.tensor([t, prefilled + t], dtype=torch.int32)
         ids = tokens[torch.arange(2), positions].int()
-        out.append(model.step(ids, positions, cache, mode=mode, rows_read=rows_read))
+        out.append(model.step(Tokens.one_a_row(positions, ids), cache, mode=mode, counts=counts))
     return torch.stack(out)
 
 
@@ -147,6 +149,7 @@ def test_prefill_equals_hugging_face(name, ops, monkeypatch):
     cache = model.new_cache(2, TOKENS)
     for row in (0, 1):
         assert_equal(model.prefill(tokens[row], cache, row, all_logits=True), logits[row])
+        cache.truncate(row, 0)
         assert_equal(model.prefill(tokens[row], cache, row), logits[row, -1])
 
 
@@ -168,8 +171,9 @@ def test_exact_equals_dense_and_reads_less(name, ops):
     assert "exact" in model.config.modes
     results = {}
     for mode in ("dense", "exact"):
-        rows = torch.zeros(model.config.num_hidden_layers, 3 if model.config.gated else 2, dtype=torch.int64)
-        results[mode] = decode(model, tokens, 9, model.new_cache(2, TOKENS), mode, rows)
+        counts = Counts(model.config, model.device)
+        results[mode] = decode(model, tokens, 9, model.new_cache(2, TOKENS), mode, counts)
+        rows = counts.rows_read
         everything = (TOKENS - 9) * model.config.intermediate_size
         assert (rows[:, 0] == everything).all()
         assert (rows[:, 1:] == everything).all() if mode == "dense" else (rows[:, 1:] < everything).all()

@@ -60,7 +60,9 @@ def test_what_is_collected_is_what_the_model_does(engine, tmp_path):
     got = Collected(tmp_path, c.hidden_size, c.num_attention_heads, c.intermediate_size)
     assert got.tokens == 3 * 64
     y = got.inputs(7, slice(64, 128))  # the MLP of layer 3
-    norms = OutputNorms(decoder.weights.layers[3], c).neurons_of_input(y)
+    norms = OutputNorms(decoder.weights.layers[3]).neurons(
+            decoder.blocks.activations(y, decoder.weights.layers[3].mlp)
+        )
     stored = got.neurons(3)(slice(64, 128))
     # Inputs are stored in bf16 and norms in fp16.
     torch.testing.assert_close(stored, norms, rtol=0.02, atol=0.02 * norms.max().item())
@@ -123,20 +125,18 @@ def test_a_pack_in_the_step_equals_its_masks(engine, pack_folder):
     ids = engine.tokenizer.encode(TEXT[7])[:48]
     quality = sorted(p.measured["ppl_increase"] for p in pack.points)[len(pack.points) // 2]
     for pending in (None, 4):
-        step = DecodeStep(decoder, 1, 64, "sparse", pack.selector(engine.config, decoder.ops, quality), pending)
-        step.prefill(0, ids[:8])
-        out = []
-        for token in ids[8:]:
-            step.feed(0, token)
-            out.append(step.run()[0].clone())
+        selector = pack.selector(engine.config, decoder.ops, quality)
+        step = DecodeStep(decoder, decoder.new_cache(1, 64, pending), 1, "sparse", selector)
+        decoder.prefill(torch.tensor(ids[:8]), step.cache)
+        out = [step.run([token], [0])[0].clone() for token in ids[8:]]
         masks = TokenMasks(pack.selector(engine.config, decoder.ops, quality), dense_prefix=8)
         together = decoder.prefill(torch.tensor(ids), decoder.new_cache(1, 64), all_logits=True, hooks=masks)[8:]
         # Attention over a bf16 cache is not computed alike, so scores near a threshold may fall on either side.
         assert (torch.stack(out).argmax(1) == together.argmax(1)).float().mean() > 0.9
-        read, kept = step.rows_read[:, 0].float(), masks.kept[:, 1].float()
+        read, kept = step.counts.rows_read[:, 0].float(), masks.kept[:, 1].float()
         assert ((read - kept).abs() <= 0.02 * kept + 20).all()
-        assert (step.rows_read[:, 0] < 2048 * len(out)).any()
-        assert step.predictor_bytes > 0
+        assert (step.counts.rows_read[:, 0] < 2048 * len(out)).any()
+        assert selector.nbytes > 0
 
 
 def test_a_batch_reads_at_least_what_each_row_would(engine, pack_folder):

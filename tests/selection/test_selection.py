@@ -31,14 +31,12 @@ def model():
 
 def run(model, selector=None, *, mode="sparse", pending=None, rows=1, eager=False):
     """Teacher-forced logits (T, rows, V) of the text, all but 8 tokens through real decode steps; and the step."""
-    step = DecodeStep(model.decoder, rows, 128, mode, selector, pending, captured=not eager)
+    decoder = model.decoder
+    step = DecodeStep(decoder, decoder.new_cache(rows, 128, pending), rows, mode, selector, captured=not eager)
     for row in range(rows):
-        step.prefill(row, model.ids[row : row + 8])
-    out = []
-    for i in range(8, len(model.ids) - rows):
-        for row in range(rows):
-            step.feed(row, model.ids[row + i])
-        out.append(step.run().clone())
+        decoder.prefill(torch.tensor(model.ids[row : row + 8]), step.cache, row)
+    every = range(rows)
+    out = [step.run([model.ids[row + i] for row in every], every).clone() for i in range(8, len(model.ids) - rows)]
     return torch.stack(out), step
 
 
@@ -78,7 +76,7 @@ def test_everything_selected_by_index_is_dense_bit_for_bit(model):
 
         def advance(self): ...
 
-        def begin(self, x): ...
+        def begin(self, x, tokens): ...
 
         def collect(self, layer, part): ...
 
@@ -100,8 +98,8 @@ def test_the_sparse_kernels_read_what_is_selected(model, policy):
     steps = len(model.ids) - 9
     expected = torch.full((8,), 205 * steps)
     expected[1] = 2048 * steps
-    assert torch.equal(step.rows_read[:, 0], expected)
-    assert (step.rows_read[:, 1] <= step.rows_read[:, 0]).all()
+    assert torch.equal(step.counts.rows_read[:, 0], expected)
+    assert (step.counts.rows_read[:, 1] <= step.counts.rows_read[:, 0]).all()
 
 
 def test_context_is_worth_something(model):
@@ -134,7 +132,7 @@ def test_a_batch_reads_the_union(model, policy):
     settings = {"mlp_density": 0.1}
     alone, _ = run(model, select(model, policy, **settings))
     together, step = run(model, select(model, policy, **settings), rows=3)
-    read = step.rows_read[:, 0] / len(together)
+    read = step.counts.rows_read[:, 0] / len(together)
     if policy == "static":
         assert torch.equal(alone[: len(together), 0], together[:, 0])
         assert (read == 205).all()
@@ -159,8 +157,32 @@ def test_masks_of_a_forward_pass_equal_sparse_steps(model, policy):
     # Rounding may swap two units of near equal scores; they contribute next to nothing.
     assert (stepped[:, 0] - together).abs().max() < 2e-3
     assert masks.tokens == len(stepped)
-    assert torch.equal(masks.kept[:, 1], step.rows_read[:, 0])
-    assert torch.equal(masks.kept[:, 0], step.heads_read)
+    assert torch.equal(masks.kept[:, 1], step.counts.rows_read[:, 0])
+    assert torch.equal(masks.kept[:, 0], step.counts.heads_read)
+
+
+@pytest.mark.parametrize("policy", [p for p in POLICIES if p != "random"])  # whose n-th step draws one set
+def test_rows_that_come_and_go_select_as_if_alone(model, policy):
+    """Two texts take turns in one cache, in steps with padding: each reads, and says, what it does alone."""
+    settings = {"mlp_density": 0.15, "attn_density": 1.0 if policy in ("nearest", "signs") else 0.5}
+    alone, step = run(model, select(model, policy, **settings), pending=4)
+    decoder, starts = model.decoder, (0, 5)
+    both = DecodeStep(decoder, decoder.new_cache(3, 128, 4), 4, "sparse", select(model, policy, **settings))
+    for row, start in zip((2, 0), starts, strict=True):
+        decoder.prefill(torch.tensor(model.ids[start : start + 8]), both.cache, row)
+    for i in range(len(alone)):
+        assert torch.equal(both.run([model.ids[8 + i]], [2])[0], alone[i, 0])
+        if i < 20:
+            both.run([model.ids[starts[1] + 8 + i]], [0])
+        if i == 19:  # what the other text read is known, and the rest is this one's alone
+            other = both.counts.attn_read.clone(), both.counts.rows_read.clone()
+            mine = DecodeStep(decoder, decoder.new_cache(1, 128, 4), 1, "sparse", select(model, policy, **settings))
+            decoder.prefill(torch.tensor(model.ids[:8]), mine.cache)
+            for token in model.ids[8:28]:
+                mine.run([token], [0])
+    rest = (both.counts.attn_read - other[0], both.counts.rows_read - other[1])
+    assert torch.equal(rest[0], step.counts.attn_read - mine.counts.attn_read)
+    assert torch.equal(rest[1], step.counts.rows_read - mine.counts.rows_read)
 
 
 def test_bad_settings_are_named(model):

@@ -11,9 +11,8 @@ import torch
 
 from dejavu.config import Mode, SamplingParams
 from dejavu.engine.bytes import step_bytes
-from dejavu.engine.crossover import measure_costs
 from dejavu.engine.sampling import Sampler
-from dejavu.engine.step import DecodeStep, can_capture
+from dejavu.engine.step import Steps, bucket
 from dejavu.model.decoder import Decoder
 from dejavu.selection import Selector
 
@@ -37,7 +36,8 @@ class Dejavu:
     Args:
         batch: rows. With more than one, `prefill` takes a prompt for each row, and `step` a token, and both return
             a list.
-        selector, pending: as DecodeStep takes them.
+        selector: as Steps takes it.
+        pending: as Decoder.new_cache takes it.
         crossover: in a batch, with a selector that is captured: read whole what that was measured to make faster.
     """
 
@@ -52,57 +52,55 @@ class Dejavu:
         pending: int | None = None,
         crossover: bool = False,
     ):
-        self._decoder, self._batch = decoder, batch
-        costs = None
-        if crossover and batch > 1 and selector is not None and can_capture(decoder, selector):
-            costs = measure_costs(decoder, batch, pending, selector)
-        self._step = DecodeStep(decoder, batch, capacity, mode, selector, pending, costs)
+        self._decoder, self._batch, self._size = decoder, batch, bucket(batch)
+        cache = decoder.new_cache(batch, capacity, pending)
+        self._steps = Steps(decoder, cache, mode, selector, crossover=crossover)
+        self._rows = [cache.take() for _ in range(batch)]
         self._choose = Sampler(SamplingParams(), (), decoder.config.vocab_size)
-        self._steps = self._attended = 0
+        self._attended = 0
+        self._steps.step(self._size)  # what is measured and captured once is no part of a prompt's time
 
     def prefill(self, ids):
-        if isinstance(ids[0], int):
-            return self._choose(self._step.prefill(0, ids))[0]
-        return [self._choose(self._step.prefill(row, prompt))[0] for row, prompt in enumerate(ids)]
+        one = isinstance(ids[0], int)
+        chosen = []
+        for row, prompt in zip(self._rows, [ids] if one else ids, strict=True):
+            self._steps.cache.truncate(row, 0)
+            chosen.append(self._choose(self._decoder.prefill(torch.tensor(prompt), self._steps.cache, row).cpu())[0])
+        return chosen[0] if one else chosen
 
     def step(self, token):
-        self._feed([token] if isinstance(token, int) else token)
-        self._chosen = [self._choose(logits)[0] for logits in self._step.run()]
-        self._steps += 1
-        window = self._decoder.config.sliding_window or self._step.cache.capacity
-        self._attended += sum(min(n, window) for n in self._step.lengths) / self._batch
+        tokens = [token] if isinstance(token, int) else token
+        self._chosen = [self._choose(logits)[0] for logits in self._steps.run(tokens, self._rows, self._size)]
+        window = self._decoder.config.sliding_window or self._steps.cache.capacity
+        self._attended += sum(min(self._steps.cache.length(row), window) for row in self._rows)
         return self._chosen[0] if isinstance(token, int) else self._chosen
-
-    def _feed(self, tokens: Sequence[int]) -> None:
-        for row, token in enumerate(tokens):
-            self._step.feed(row, token)
 
     def bytes_per_token(self) -> dict[str, float]:
         """Mean bytes read by a step so far, by part; a step makes a token for every row of the batch."""
+        counts = self._steps.counts
         return step_bytes(
             self._decoder.config,
             self._decoder.weights,
-            attended=self._attended / self._steps,
+            attended=self._attended / counts.tokens,
             batch=self._batch,
-            rows_read=self._step.rows_read / self._steps,
-            attn_read=self._step.attn_read / self._steps,
-            predictor_bytes=self._step.predictor_bytes,
+            rows_read=counts.rows_read.cpu() / counts.steps,
+            attn_read=counts.attn_read.cpu() / counts.steps,
+            predictor_bytes=self._steps.predictor_bytes(self._size),
         )
 
     @property
     def whole(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """As DecodeStep says it."""
-        return self._step.whole
+        """The layers whose heads, whose neurons are read whole, since their selections did not pay."""
+        return self._steps.whole(self._size)
 
     def op_ms(self) -> dict[str, float] | None:
         """Milliseconds of a step by op, the median of PROFILED more steps; None where that is not known.
 
-        What they read is not counted, so `bytes_per_token` comes before.
+        What they read is counted, so `bytes_per_token` comes before.
         """
         runs = []
         for _ in range(PROFILED):
-            self._feed(self._chosen)
-            seconds = self._step.op_seconds()
+            seconds = self._steps.step(self._size).op_seconds(self._chosen, self._rows)
             if seconds is None:
                 return None
             runs.append(seconds)
@@ -110,12 +108,13 @@ class Dejavu:
 
     def mlp_density(self) -> float:
         """Mean share of the fc2 (down) rows that the steps so far have read."""
-        read = self._step.rows_read[:, -1].double().mean()
-        return float(read) / self._steps / self._decoder.config.intermediate_size
+        read = self._steps.counts.rows_read[:, -1].double().mean()
+        return float(read) / self._steps.counts.steps / self._decoder.config.intermediate_size
 
     def attn_density(self) -> float:
         """Mean share of the query heads that the steps so far have read."""
-        return float(self._step.heads_read.double().mean()) / self._steps / self._decoder.config.num_attention_heads
+        heads = float(self._steps.counts.heads_read.double().mean())
+        return heads / self._steps.counts.steps / self._decoder.config.num_attention_heads
 
 
 def decode_times(peer: Decoding, prompt: Sequence[int], new_tokens: int, skip: int) -> list[float]:

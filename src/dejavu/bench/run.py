@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from os import PathLike
-from time import perf_counter
 from typing import Any, NamedTuple
 
 from dejavu.bench.bandwidth import read_bandwidth
@@ -18,7 +17,6 @@ from dejavu.bench.settings import Setting, Subject
 from dejavu.bench.timing import Run, interleave, percentiles_ms
 from dejavu.device import default_threads, free_memory
 from dejavu.engine.crossover import choosing_ms
-from dejavu.engine.step import can_capture
 from dejavu.kernels.base import Backend
 
 # First steps of every run, which don't count.
@@ -162,8 +160,6 @@ class _Bench:
         s, chooser = setting.selection, None
         if s is not None:
             chooser = self._subject.selector(decoder, setting)
-            captured = can_capture(decoder, chooser)
-            chooser = _Clock(chooser, captured)
         ours = Dejavu(
             decoder,
             setting.prompt + EXTRA + self._new,
@@ -177,10 +173,8 @@ class _Bench:
         seconds = decode_times(ours, prompts, self._new, SKIP)
         choosing = 0.0
         if s is not None:
-            choosing = chooser.seconds / (SKIP + self._new)
-            if captured:
-                chosen = chooser.without({(i, part) for part, rows in enumerate(ours.whole) for i in rows})
-                choosing += choosing_ms(decoder, setting.batch, chosen) / 1e3
+            chosen = chooser.without({(i, part) for part, rows in enumerate(ours.whole) for i in rows})
+            choosing = choosing_ms(decoder, setting.batch, chosen) / 1e3
         self._facts[setting.name] = {
             "mode": setting.mode,
             "policy": setting.policy,
@@ -228,39 +222,3 @@ class _Bench:
                 return []
 
         return {run.name: seconds}
-
-
-class _Clock:
-    """A selector, and the seconds that it takes on the host: before a step, and within one that is not captured.
-
-    Args:
-        captured: the step that calls it is.
-        clock: goes on counting there.
-    """
-
-    def __init__(self, selector, captured: bool, clock: _Clock | None = None):
-        self._selector, self._captured, self._first = selector, captured, clock or self
-        self.capturable, self.cuts, self.collect = selector.capturable, selector.cuts, selector.collect
-        self.restart = selector.restart
-        self.nbytes = getattr(selector, "nbytes", 0)
-        self.seconds = 0.0
-        self.advance = self._timed(selector.advance)
-        # The oracle's `heads` runs the attention itself, so its time is not that of choosing alone.
-        for name in ("begin", "heads", "neurons"):
-            call = getattr(selector, name)
-            setattr(self, name, call if captured else self._timed(call))
-
-    def without(self, parts):
-        return _Clock(self._selector.without(parts), self._captured, self._first)
-
-    def fresh(self):
-        return _Clock(self._selector.fresh(), self._captured, self._first)
-
-    def _timed(self, call):
-        def timed(*args):
-            began = perf_counter()
-            result = call(*args)
-            self._first.seconds += perf_counter() - began
-            return result
-
-        return timed

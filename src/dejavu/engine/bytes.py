@@ -16,18 +16,19 @@ def step_bytes(
     weights: Weights,
     *,
     attended: float,
-    batch: int = 1,
+    batch: float = 1,
     rows_read: Tensor | None = None,
     attn_read: Tensor | None = None,
     predictor_bytes: int = 0,
 ) -> dict[str, float]:
-    """Bytes read by one step of one token for every row of a batch.
+    """Bytes read by one step, of one token of each of its texts.
 
     Args:
         weights: in kernel layout; may lie on the meta device.
-        attended: tokens in the cache that a row attends to, its own included (mean over rows and steps).
+        attended: tokens in the cache that a token attends to, its own included (mean over tokens and steps).
+        batch: tokens of a step (mean over steps).
         rows_read: (L, R) rows of each kind that the MLPs read (mean over steps); None: all of them.
-        attn_read: (3, L) as DecodeStep counts them (mean over steps): query heads that were read, groups whose cache
+        attn_read: (L, 3) as model.counts has them (mean over steps): query heads that were read, groups whose cache
             was, and groups whose keys and values were projected; None: all of them.
         predictor_bytes: what a selector reads to choose.
     Returns: bytes by part, in the order of PARTS. "mlp_in" is fc1 (the gate), "mlp_out" fc2 (up and down);
@@ -42,7 +43,7 @@ def step_bytes(
         rows = layer.mlp.rows
         read = [rows.shape[0]] * rows.shape[1] if rows_read is None else rows_read[i].tolist()
         row_bytes = rows[0, 0].nbytes
-        heads, attended_groups, projected = (H, G, G) if attn_read is None else attn_read[:, i].tolist()
+        heads, attended_groups, projected = (H, G, G) if attn_read is None else attn_read[i].tolist()
         # A head has a query and an output block, a group one of keys and one of values.
         parts["attention"] += 2 * (heads + projected) * layer.attn.blocks[0, 0].nbytes
         parts["attention"] += _size(layer.attn.qkv_bias, layer.attn.out_bias, layer.attn_norm)

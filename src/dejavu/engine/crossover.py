@@ -1,8 +1,10 @@
-"""Past which density a part of a layer is faster read whole, measured on the machine that runs it.
+"""Which parts of a layer are faster read whole than by the union of what several tokens select, measured where it runs.
 
-The layers of a model have one shape, so a few of them, together larger than the caches, stand for all. Times grow
-linearly with what is read, so few measurements give the time at any density; which densities a layer really has is
-counted while decoding (engine.step), since the union of a batch depends on the text.
+A step of several tokens reads the union of their selections, and past some density reading all is faster. Two things
+are measured once for each size of a step, and stay: what the parts of a layer cost, and how dense unions are. The
+layers of a model have one shape, so a few of them, together larger than the caches, stand for all; times grow linearly
+with what is read, so few measurements give the time at any density. Unions are those of texts that the model itself
+writes, drawn with a fixed seed. So no text changes how the next one is read.
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ import torch
 
 from dejavu.checkpoint.layout import Layer
 from dejavu.config import ZEROING_ACTIVATIONS
-from dejavu.kernels.reference import Selection
+from dejavu.kernels.reference import Selection, Tokens
+from dejavu.model.counts import Counts
 from dejavu.model.decoder import Decoder
 from dejavu.selection import Selector
 from dejavu.selection.fixed import fixed_selection
+from dejavu.selection.selector import Part
 
 # Weights that one timing reads: more than caches hold.
 _MEASURED_BYTES = 256 << 20
@@ -34,7 +38,10 @@ Work = tuple[Callable[[], None], Callable[[], object]]
 # A FATReLU threshold at which no neuron, or every neuron, is zero.
 _ALL, _NONE = -1e30, 1e30
 
-_remembered: WeakKeyDictionary[Decoder, dict[tuple, Costs]] = WeakKeyDictionary()
+# Tokens that each of the model's own texts has, and how many of them come before unions are counted.
+_WRITTEN, _BEFORE = 24, 8
+
+_remembered: WeakKeyDictionary[Selector, dict[tuple, frozenset[Part]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -66,42 +73,94 @@ class Costs:
         return sparse > self.neurons_whole[0] + self.neurons_whole[1] * output
 
 
-def measure_costs(decoder: Decoder, batch: int, pending: int | None, selector: Selector) -> Costs:
-    """The costs of a decoder's layers; measured once for each batch size, setting and number of threads.
+def whole_parts(decoder: Decoder, size: int, pending: int | None, selector: Selector) -> frozenset[Part]:
+    """The parts that a step of `size` tokens reads whole: measured once for each size, setting and number of threads.
 
     Args:
-        pending: as DecodeStep takes it.
+        pending: of the cache, as Decoder.new_cache takes it.
         selector: capturable.
     """
-    known = _remembered.setdefault(decoder, {})
-    key = batch, pending, decoder.ops.num_threads(), tuple(map(tuple, selector.cuts)), getattr(selector, "nbytes", 0)
+    known = _remembered.setdefault(selector, {})
+    key = id(decoder), size, pending, decoder.ops.num_threads()
     if key not in known:
         with torch.inference_mode():
-            known[key] = _Meter(decoder, batch, pending).costs(selector)
+            costs = measure_costs(decoder, size, pending, selector)
+            known[key] = too_dense(costs, union_densities(decoder, size, pending, selector), selector)
     return known[key]
 
 
+def too_dense(
+    costs: Costs, densities: tuple[Sequence[float], Sequence[Sequence[float]]], selector: Selector
+) -> frozenset[Part]:
+    """The parts that are selected and would cost less whole. densities: as union_densities returns them."""
+    heads, rows = densities
+    parts = set()
+    for layer, (head_cut, neuron_cut) in enumerate(selector.cuts):
+        if head_cut is not None and costs.heads_dense(heads[layer]):
+            parts.add((layer, 0))
+        first, *output = rows[layer]
+        if neuron_cut is not None and costs.neurons_dense(first, sum(output) / len(output)):
+            parts.add((layer, 1))
+    return frozenset(parts)
+
+
+def union_densities(
+    decoder: Decoder, size: int, pending: int | None, selector: Selector
+) -> tuple[list[float], list[list[float]]]:
+    """By layer, the shares of the heads, and of the rows of each kind, that steps of `size` texts read."""
+    c, generator = decoder.config, torch.Generator().manual_seed(0)
+    written = min(_WRITTEN, c.context)
+    cache, selector = decoder.new_cache(size, written, pending), selector.fresh()
+    counts, rows = Counts(c, decoder.device), torch.arange(size, dtype=torch.int32, device=decoder.device)
+    ids = torch.randint(c.vocab_size, (size,), generator=generator)
+    for position in range(written):
+        if position == min(_BEFORE, written - 1):
+            counts.reset()
+        selector.advance()
+        tokens = Tokens(ids.int().to(decoder.device), rows, torch.full_like(rows, position))
+        logits = decoder.step(tokens, cache, mode="sparse", selector=selector, counts=counts).cpu()
+        counts.steps += 1
+        # What is not a number is not this function's to report.
+        likely = logits.nan_to_num().softmax(1)
+        ids = torch.multinomial(likely, 1, generator=generator)[:, 0]
+    heads = counts.heads_read / (counts.steps * c.num_attention_heads)
+    return heads.tolist(), (counts.rows_read / (counts.steps * c.intermediate_size)).tolist()
+
+
+def measure_costs(decoder: Decoder, size: int, pending: int | None, selector: Selector) -> Costs:
+    """The costs of a decoder's layers in steps of `size` tokens. Args: as of whole_parts."""
+    return _Meter(decoder, size, pending).costs(selector)
+
+
 @torch.inference_mode()
-def choosing_ms(decoder: Decoder, batch: int, selector: Selector) -> float:
-    """Milliseconds of a step that a selector which is captured takes, measured alone."""
-    return _milliseconds(decoder, [_choosing(decoder, batch, selector)], 1)[0]
+def choosing_ms(decoder: Decoder, size: int, selector: Selector) -> float:
+    """Milliseconds of a step that a selector takes, measured alone: what it sees of the attention is given to it."""
+    beside = []
+    for _ in range(_ROUNDS):
+        began = perf_counter()
+        selector.advance()
+        beside.append(perf_counter() - began)
+    work = _choosing(decoder, size, selector)
+    return 1e3 * min(beside) + _milliseconds(decoder, [work], 1, captured=selector.capturable)[0]
 
 
-def _choosing(decoder: Decoder, batch: int, selector: Selector) -> Work:
-    x = torch.randn(batch, decoder.config.hidden_size, device=decoder.device)
+def _choosing(decoder: Decoder, size: int, selector: Selector) -> Work:
+    c, device = decoder.config, decoder.device
+    x, o = torch.randn(size, c.hidden_size, device=device), torch.randn(size, c.num_attention_heads, c.head_dim)
+    o, tokens = o.to(device), Tokens.one_a_row(torch.zeros(size, dtype=torch.int32, device=device))
 
     def work() -> None:
-        selector.begin(x)
-        for layer in range(decoder.config.num_hidden_layers):
-            selector.heads(layer, x, _no_attention)
+        selector.begin(x, tokens)
+        for layer in range(c.num_hidden_layers):
+            selector.heads(layer, x, lambda: o)
             selector.neurons(layer, x)
 
     return work, lambda: None
 
 
 class _Meter:
-    def __init__(self, decoder: Decoder, batch: int, pending: int | None):
-        self._decoder, self._ops, self._batch, self._pending = decoder, decoder.ops, batch, pending
+    def __init__(self, decoder: Decoder, size: int, pending: int | None):
+        self._decoder, self._ops, self._size, self._pending = decoder, decoder.ops, size, pending
         self._generator = torch.Generator().manual_seed(0)
 
     def costs(self, selector: Selector) -> Costs:
@@ -137,12 +196,12 @@ class _Meter:
         return fixed_selection(order[: max(1, round(share * total))])
 
     def _mlp(self, share: float | None, threshold: float | None) -> Work:
-        c, x = self._decoder.config, self._random(self._batch, self._decoder.config.hidden_size)
+        c, x = self._decoder.config, self._random(self._size, self._decoder.config.hidden_size)
         layers = self._layers(lambda layer: layer.mlp.rows)
         chosen = [self._some(c.intermediate_size, share) for _ in layers]
         how = {"activation": c.activation, "threshold": c.activation_threshold, "activate_up": c.activate_up}
         if threshold is not None:
-            how |= {"activation": "fatrelu", "threshold": threshold, "exact": True}
+            how |= {"activation": "fatrelu", "threshold": threshold, "skip_zeros": True}
 
         def work() -> None:
             for layer, neurons in zip(layers, chosen, strict=True):
@@ -158,16 +217,16 @@ class _Meter:
         chosen = [self._some(c.num_attention_heads, share) for _ in layers]
         # A head that is read every n-th step finds n tokens waiting.
         waiting = 1 if share is None or self._pending is None else min(round(1 / share), self._pending)
-        cache = d.new_cache(self._batch, 2 * waiting, self._pending)
+        cache = d.new_cache(self._size, 2 * waiting, self._pending)
         cache.k.zero_(), cache.v.zero_()
-        y = self._random(self._batch, c.hidden_size)
-        positions = torch.full((self._batch,), waiting - 1, dtype=torch.int32, device=d.device)
+        y = self._random(self._size, c.hidden_size)
+        tokens = Tokens.one_a_row(torch.full((self._size,), waiting - 1, dtype=torch.int32, device=d.device))
         if cache.hidden is not None:
             cache.hidden.zero_()
 
         def work() -> None:
             for i, (layer, heads) in enumerate(zip(layers, chosen, strict=True)):
-                d.attention_block(y, layer, positions, cache, i, heads)
+                d.attention_block(y, layer, tokens, cache, i, heads)
 
         return work, (lambda: None) if cache.kv_len is None else cache.kv_len.zero_
 
@@ -178,25 +237,21 @@ class _Meter:
         for part in (0, 1):
             alone = selector.without({(layer, 1 - part) for layer in range(L)})
             chosen.append(sum(pair[part] is not None for pair in selector.cuts))
-            works.append(_choosing(self._decoder, self._batch, alone))
+            works.append(_choosing(self._decoder, self._size, alone))
         total = _milliseconds(self._decoder, works, 1)
         return tuple(ms / max(1, count) for ms, count in zip(total, chosen, strict=True))
 
 
-def _no_attention() -> None:
-    raise AssertionError("a selector that is captured does not look at the attention")
-
-
-def _milliseconds(decoder: Decoder, works: Sequence[Work], layers: int) -> list[float]:
+def _milliseconds(decoder: Decoder, works: Sequence[Work], layers: int, captured: bool = True) -> list[float]:
     """The best time of each, by layer, taken in turns: the best, since other programs only ever add to it."""
-    graphs = [decoder.ops.record(work, partial(_after, before)) for work, before in works]
+    runs = [decoder.ops.record(work, partial(_after, before)).replay if captured else work for work, before in works]
     best = [float("inf")] * len(works)
     for _ in range(_ROUNDS):
-        for i, (graph, (_, before)) in enumerate(zip(graphs, works, strict=True)):
+        for i, (run, (_, before)) in enumerate(zip(runs, works, strict=True)):
             before()
             decoder.ops.wait()
             began = perf_counter()
-            graph.replay()
+            run()
             decoder.ops.wait()
             best[i] = min(best[i], perf_counter() - began)
     return [seconds * 1e3 / layers for seconds in best]

@@ -16,10 +16,9 @@ from dejavu.checkpoint.load import Progress
 from dejavu.checkpoint.source import BUNDLED, Checkpoint, open_checkpoint
 from dejavu.config import ZEROING_ACTIVATIONS, Mode, ModelConfig, SamplingParams, SelectionConfig
 from dejavu.device import default_threads, require_memory
-from dejavu.engine.crossover import measure_costs
 from dejavu.engine.generation import Batch, Chunk, Generation
 from dejavu.engine.prompt import Prompt, split_prompts
-from dejavu.engine.step import DecodeStep, can_capture
+from dejavu.engine.step import Steps
 from dejavu.engine.tokenizer import Tokenizer
 from dejavu.errors import CapacityError, CheckpointError, ConfigError
 from dejavu.kernels import backend as load_backend
@@ -69,7 +68,7 @@ class Engine:
         self.decoder, self.tokenizer, self.checkpoint = decoder, tokenizer, checkpoint
         self.mode, self.selection = _choose_mode(mode, decoder.config, selection), selection
         self._selector = None if selection is None else self._make_selector(selection, calibration)
-        self._idle: list[DecodeStep] = []  # the last step made, while nothing uses it
+        self._idle: list[Steps] = []  # the last steps made, while nothing uses them
 
     @classmethod
     def load(
@@ -191,20 +190,17 @@ class Engine:
         cache = self.decoder.new_cache(1, len(ids))
         return self.decoder.prefill(torch.tensor(ids), cache, all_logits=True, hooks=hooks).cpu()
 
-    def new_step(self, batch: int, capacity: int, *, crossover: bool = True) -> DecodeStep:
-        """The engine's decode step over a cache of its own, of `batch` rows of `capacity` tokens.
+    def new_steps(self, rows: int, capacity: int, *, crossover: bool = True) -> Steps:
+        """The engine's decode steps over a cache of their own, of `rows` rows of `capacity` tokens.
 
         Args:
             crossover: False obeys selections even where reading all would be faster; True leaves it to the selection.
         """
-        pending, costs = None, None
-        if self.selection is not None:
-            pending = self.selection.pending if self.selection.kv == "lazy" else None
-            # A single row reads what was asked for, on every machine; what a union holds nobody asked for.
-            obey = not (crossover and self.selection.crossover and batch > 1)
-            if not obey and can_capture(self.decoder, self._selector):
-                costs = measure_costs(self.decoder, batch, pending, self._selector)
-        return DecodeStep(self.decoder, batch, capacity, self.mode, self._selector, pending, costs)
+        s = self.selection
+        pending = s.pending if s is not None and s.kv == "lazy" else None
+        cache = self.decoder.new_cache(rows, capacity, pending)
+        crossover = crossover and s is not None and s.crossover
+        return Steps(self.decoder, cache, self.mode, self._selector, crossover=crossover)
 
     def _run(self, prompts: list[list[int]], params: SamplingParams, started: float) -> Iterator[Chunk]:
         context, stretch = self._context, self.config.stretch
@@ -213,15 +209,16 @@ class Engine:
         if stretch(capacity) != stretch(need):  # room that a text never uses may not change its angles
             capacity = need
         try:
-            step = self._idle.pop()
+            steps = self._idle.pop()
         except IndexError:  # none, or another thread was faster
-            step = None
-        if step is None or (step.cache.batch, step.cache.capacity) != (len(prompts), capacity):
-            step = self.new_step(len(prompts), capacity)
+            steps = None
+        if steps is None or steps.cache.rows < len(prompts) or steps.cache.capacity != capacity:
+            steps = None  # given back before the new ones take memory
+            steps = self.new_steps(len(prompts), capacity)
         try:
-            yield from Batch(self.decoder, self.tokenizer, step, prompts, params, started).chunks()
+            yield from Batch(self.decoder, self.tokenizer, steps, prompts, params, started).chunks()
         finally:
-            self._idle[:] = [step]
+            self._idle[:] = [steps]
 
     def _require_one_stretch(self, prompts: list[list[int]], new: int) -> None:
         """Raises: ConfigError for rows that this kind of rotary positions turns by different angles."""

@@ -8,13 +8,14 @@ from statistics import median
 from time import perf_counter
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from dejavu.config import ModelConfig, SamplingParams
 from dejavu.engine.bytes import step_bytes
 from dejavu.engine.detokenize import Detokenizer, StopScanner
 from dejavu.engine.sampling import Sampler, TokenLogprob
-from dejavu.engine.step import DecodeStep
+from dejavu.engine.step import Steps, bucket
 from dejavu.engine.tokenizer import Tokenizer
 from dejavu.model.decoder import Decoder
 
@@ -23,7 +24,7 @@ from dejavu.model.decoder import Decoder
 class Stats:
     """Time and bytes of one generation. The decode figures are None where the prompt alone gave the only token.
 
-    A decode step reads one token for every row of the batch: its time and bytes are the batch's. Times hold
+    A decode step reads a token of every text that has not ended: its time and bytes are the batch's. Times hold
     sampling and detokenizing, not what the caller does between two chunks.
     """
 
@@ -79,7 +80,7 @@ class Batch:
     """Prompts on their way: each row is prefilled alone, then all rows step together until the last has finished.
 
     Args:
-        step: its cache has a row for each prompt, with room for prompt and new tokens; busy while this runs.
+        steps: their cache has a row for each prompt, with room for prompt and new tokens; busy while this runs.
         started: perf_counter() at the time of the request.
     """
 
@@ -87,37 +88,44 @@ class Batch:
         self,
         decoder: Decoder,
         tokenizer: Tokenizer,
-        step: DecodeStep,
+        steps: Steps,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
         started: float,
     ):
-        self._decoder, self._step, self._started = decoder, step, started
+        self._decoder, self._steps, self._started = decoder, steps, started
         self._rows = [_Row(ids, params, decoder.config, tokenizer) for ids in prompts]
+        # One size until the end: which texts have ended then changes no other's.
+        self._size = bucket(len(prompts))
         self._step_s: list[float] = []
-        self._attended = 0  # tokens attended to, over all rows and steps
+        self._attended = 0  # tokens attended to, over all tokens and steps
 
     def chunks(self) -> Iterator[Chunk]:
         """A chunk for each token of each row, as they come."""
-        self._step.restart()
-        for index, row in enumerate(self._rows):
-            began = perf_counter()
-            logits = self._step.prefill(index, row.prompt_ids)
-            row.prefill_s = perf_counter() - began
-            text, logprob = row.take(logits)
-            row.ttft_s = perf_counter() - self._started
-            yield self._chunk(index, text, logprob)
-        window = self._decoder.config.sliding_window or self._step.cache.capacity
-        while live := [index for index, row in enumerate(self._rows) if row.finish_reason is None]:
-            began = perf_counter()
-            for index in live:
-                self._step.feed(index, self._rows[index].token_ids[-1])
-            logits = self._step.run()
-            taken = [self._rows[index].take(logits[index]) for index in live]
-            self._step_s.append(perf_counter() - began)
-            self._attended += sum(min(n, window) for n in self._step.lengths)
-            for index, (text, logprob) in zip(live, taken, strict=True):
+        cache = self._steps.cache
+        self._steps.restart()
+        taken = [cache.take() for _ in self._rows]
+        try:
+            for index, row in enumerate(self._rows):
+                began = perf_counter()
+                logits = self._decoder.prefill(torch.tensor(row.prompt_ids), cache, taken[index]).cpu()
+                row.prefill_s = perf_counter() - began
+                text, logprob = row.take(logits)
+                row.ttft_s = perf_counter() - self._started
                 yield self._chunk(index, text, logprob)
+            window = self._decoder.config.sliding_window or cache.capacity
+            while live := [index for index, row in enumerate(self._rows) if row.finish_reason is None]:
+                began = perf_counter()
+                rows = [taken[index] for index in live]
+                logits = self._steps.run([self._rows[index].token_ids[-1] for index in live], rows, self._size)
+                chosen = [self._rows[index].take(row) for index, row in zip(live, logits, strict=True)]
+                self._step_s.append(perf_counter() - began)
+                self._attended += sum(min(cache.length(row), window) for row in rows)
+                for index, (text, logprob) in zip(live, chosen, strict=True):
+                    yield self._chunk(index, text, logprob)
+        finally:
+            for row in taken:
+                cache.release(row)
 
     def _chunk(self, index: int, text: str, logprob: TokenLogprob | None) -> Chunk:
         row = self._rows[index]
@@ -126,15 +134,14 @@ class Batch:
 
     def _stats(self, row: _Row) -> Stats:
         """The row's own times, and the batch's steps until the row's end."""
-        steps, decode_s, config = len(self._step_s), sum(self._step_s), self._decoder.config
-        read, attn_read = self._step.rows_read.cpu() / max(1, steps), self._step.attn_read / max(1, steps)
+        steps, decode_s, config, counts = len(self._step_s), sum(self._step_s), self._decoder.config, self._steps.counts
         times = {"prompt_tokens": len(row.prompt_ids), "new_tokens": len(row.token_ids), "prefill_s": row.prefill_s}
         times |= {"ttft_s": row.ttft_s, "decode_s": decode_s}
         if not steps:
             return Stats(
                 **times, decode_tok_per_s=None, step_ms_p50=None, step_bytes=None, mlp_density=None, attn_density=None
             )
-        batch = len(self._rows)
+        read, attn_read = counts.rows_read.cpu() / steps, counts.attn_read.cpu() / steps
         return Stats(
             **times,
             decode_tok_per_s=(len(row.token_ids) - 1) / decode_s,
@@ -142,15 +149,15 @@ class Batch:
             step_bytes=step_bytes(
                 config,
                 self._decoder.weights,
-                attended=self._attended / steps / batch,
-                batch=batch,
+                attended=self._attended / counts.tokens,
+                batch=counts.tokens / steps,
                 rows_read=read,
                 attn_read=attn_read,
-                predictor_bytes=self._step.predictor_bytes,
+                predictor_bytes=self._steps.predictor_bytes(self._size),
             ),
             mlp_density=tuple((read[:, -1] / config.intermediate_size).tolist()),
-            attn_density=tuple((attn_read[0] / config.num_attention_heads).tolist()),
-            whole=self._step.whole,
+            attn_density=tuple((attn_read[:, 0] / config.num_attention_heads).tolist()),
+            whole=self._steps.whole(self._size),
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dejavu.config import ZEROING_ACTIVATIONS
 from dejavu.engine.engine import Engine
-from dejavu.engine.step import DecodeStep
+from dejavu.engine.step import Steps
 from dejavu.errors import ConfigError
 from dejavu.model.hooks import Hooks, TokenMasks
 
@@ -101,7 +101,7 @@ class Scorer:
         if batch < 1 or (batch > 1 and path != "steps"):
             raise ConfigError(f"batch must be 1, or more with path steps, found {batch}")
         self._engine, self._path, self._batch = engine, path, batch
-        self._step: DecodeStep | None = None
+        self._kept: Steps | None = None
         self._vocabulary = engine.config.vocab_size
 
     def logits(self, requests: Sequence[Request], reads: Reads | None = None) -> list[Tensor]:
@@ -128,37 +128,39 @@ class Scorer:
         starts = torch.tensor([0, *(r.length for r in requests)]).cumsum(0)
         wanted = [torch.arange(r.first - 1, r.length) + start for r, start in zip(requests, starts, strict=False)]
         ids = [torch.tensor(r.ids[:-1]) for r in requests]
-        logits = decoder.forward(ids, cache, torch.cat(wanted), hooks=hooks).cpu()
+        logits = decoder.forward(ids, cache, wanted=torch.cat(wanted), hooks=hooks).cpu()
         hooks.report(reads)
         return list(logits.split([r.scored for r in requests]))
 
     def _steps(self, requests: Sequence[Request], reads: Reads) -> list[Tensor]:
-        longest, rows = max(r.length for r in requests), len(requests)
-        step = self._step
+        longest, steps = max(r.length for r in requests), self._kept
         limit, stretch = self._engine.config.context, self._engine.config.stretch
-        fits = step is not None and step.cache.batch == rows and step.cache.capacity >= longest
-        if not fits or stretch(step.cache.capacity) != stretch(longest):
+        fits = steps is not None and steps.cache.rows >= len(requests) and steps.cache.capacity >= longest
+        if not fits or stretch(steps.cache.capacity) != stretch(longest):
             capacity = min(limit, -(-longest // CAPACITY_STEP) * CAPACITY_STEP)
             capacity = capacity if stretch(capacity) == stretch(longest) else longest
             # A score is that of the selections, on every machine.
-            self._step = step = self._engine.new_step(rows, capacity, crossover=False)
-        step.restart()
+            self._kept = steps = self._engine.new_steps(len(requests), capacity, crossover=False)
+        steps.restart()
         out = [torch.empty(r.scored, self._vocabulary) for r in requests]
-        for row, (r, logits) in enumerate(zip(requests, out, strict=True)):
-            first = step.prefill(row, r.ids[:1])
-            if r.first == 1:
-                logits[0] = first
-        for at in range(1, longest):
-            for row, r in enumerate(requests):
-                if at < r.length:
-                    step.feed(row, r.ids[at])
-            every = step.run()
-            for row, r in enumerate(requests):
-                if r.first <= at + 1 <= r.length:
-                    out[row][at + 1 - r.first] = every[row]
+        rows = [steps.cache.take() for _ in requests]
+        try:
+            for row, r, logits in zip(rows, requests, out, strict=True):
+                first = self._engine.decoder.prefill(torch.tensor(r.ids[:1]), steps.cache, row)
+                if r.first == 1:
+                    logits[0] = first
+            for at in range(1, longest):
+                live = [i for i, r in enumerate(requests) if at < r.length]
+                every = steps.run([requests[i].ids[at] for i in live], [rows[i] for i in live])
+                for i, logits in zip(live, every, strict=True):
+                    if requests[i].first <= at + 1:
+                        out[i][at + 1 - requests[i].first] = logits
+        finally:
+            for row in rows:
+                steps.cache.release(row)
         # Dense steps read all neurons; exact ones are told from them by the last rows of a neuron.
         kind = 0 if self._engine.mode == "sparse" else -1
-        reads.add(longest - 1, step.heads_read.cpu(), step.rows_read[:, kind].cpu())
+        reads.add(longest - 1, steps.counts.heads_read.cpu(), steps.counts.rows_read[:, kind].cpu())
         return out
 
 

@@ -1,350 +1,225 @@
-"""One row of tokens through the model, again and again over the same memory."""
+"""One step over tokens of any rows of a cache, again and again in the same memory; and such steps of several sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dejavu.config import Mode
-from dejavu.engine.crossover import Costs
-from dejavu.errors import CapacityError, ConfigError, NotFiniteError
+from dejavu.engine.crossover import whole_parts
+from dejavu.errors import ConfigError, NotFiniteError
 from dejavu.kernels.base import Recording
-from dejavu.kernels.reference import Selection
+from dejavu.kernels.reference import Tokens
 from dejavu.model.cache import KVCache
+from dejavu.model.counts import Counts
 from dejavu.model.decoder import Decoder
 from dejavu.model.finite import is_finite, not_finite, trace
 from dejavu.selection import Selector
-from dejavu.selection.selector import Cuts, Part
-
-# Counts of so many steps, and of every doubling of them, decide which parts are read whole.
-FIRST_LOOK = 4
+from dejavu.selection.selector import Part
 
 
 class DecodeStep:
-    """The decode step of a batch over a cache of its own; captured once, then replayed in one call.
-
-    `rows_read` (L, R) int64 counts the rows of each kind that the MLPs have read, `attn_read` what attention has;
-    `restart` zeroes both.
+    """The decode step of up to `size` tokens; captured once, then replayed in one call.
 
     Args:
         decoder: the model.
-        batch, capacity: rows of the cache, and tokens in each.
+        cache: whose rows the tokens stand in; other steps may use it between two runs.
+        size: tokens that fit; those of a run that has fewer are followed by padding.
         mode: what is read.
-        selector: chooses in mode "sparse"; one that is not capturable runs between the kernels of every step.
-        pending: tokens that may wait in a head, with lazy keys and values; None: not lazy.
-        costs: for this batch size, with a selector that is captured: a part whose selections were, after a few steps,
-            larger than pays is read whole from then on. None: selections are always obeyed.
+        selector: chooses in mode "sparse"; used by this step alone, or by steps that take turns. One that is not
+            capturable runs between the kernels of every step.
+        counts: to which what is read is added; None: of its own.
         captured: record the step where it can be; False: call its ops one by one.
     """
 
     def __init__(
         self,
         decoder: Decoder,
-        batch: int,
-        capacity: int,
+        cache: KVCache,
+        size: int,
         mode: Mode,
         selector: Selector | None = None,
-        pending: int | None = None,
-        costs: Costs | None = None,
+        counts: Counts | None = None,
         captured: bool = True,
     ):
-        self._decoder, self._mode, self._costs = decoder, mode, costs
-        self.cache = decoder.new_cache(batch, capacity, pending)
-        self._ids = torch.zeros(batch, dtype=torch.int32)
-        self._positions = torch.zeros(batch, dtype=torch.int32)
-        self._read: list[list[int]] = [[] for _ in range(batch)]  # what each row has read, to trace NaN by
+        self._decoder, self.cache, self.size, self._mode, self._selector = decoder, cache, size, mode, selector
+        self.counts = counts or Counts(decoder.config, decoder.device)
+        self._host = Tokens(*torch.zeros(3, size, dtype=torch.int32))
+        self._host.rows.fill_(-1)
         # Written through numpy: setting one element of a torch tensor takes microseconds.
-        self._ids_view, self._positions_view = self._ids.numpy(), self._positions.numpy()
+        self._views = [tensor.numpy() for tensor in self._host]
         # On a GPU the step reads copies of them there.
-        self._inputs = self._ids.to(decoder.device), self._positions.to(decoder.device)
-        L, kinds = decoder.config.num_hidden_layers, 3 if decoder.config.gated else 2
-        self.rows_read = torch.zeros(L, kinds, dtype=torch.int64, device=decoder.device)
-        self._steps = 0
-        watched = None
-        if selector is not None:
-            watched = Watched(selector.fresh(), decoder, self.cache)
-        self._now = self._obedient = _Recorded(watched, frozenset())
+        self._inputs = Tokens(*(tensor.to(decoder.device) for tensor in self._host))
+        self._recording: Recording | None = None
         if captured and can_capture(decoder, selector):
-            self._now = self._obedient = self._capture(watched, frozenset())
-        assert costs is None or self._now.graph is not None
+            self._capture()
 
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens in the cache of each row."""
-        return (self._positions_view + 1).tolist()
+    def run(self, ids: Sequence[int], rows: Sequence[int]) -> Tensor:
+        """Read tokens, each behind what its row holds; the rows then hold them too.
 
-    @property
-    def _selector(self) -> Watched | None:
-        return self._now.selector
-
-    @property
-    def attn_read(self) -> Tensor:
-        """Since the last restart, by layer: query heads read, groups whose cache was read, groups whose keys and values
-        were projected: (3, L) int64."""
-        if self._selector is None:
-            c = self._decoder.config
-            every = torch.tensor([c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads])
-            return (self._steps * every)[:, None].expand(-1, c.num_hidden_layers)
-        return self._selector.attn_read
-
-    @property
-    def heads_read(self) -> Tensor:
-        """Query heads read since the last reset, by layer: (L,) int64."""
-        return self.attn_read[0]
-
-    @property
-    def whole(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The layers whose selections did not pay: of heads, of neurons."""
-        return tuple(tuple(sorted(layer for layer, p in self._now.whole if p == part)) for part in (0, 1))
-
-    @property
-    def predictor_bytes(self) -> int:
-        """What the selector reads in a step to choose, where it says so."""
-        return 0 if self._selector is None else self._selector.nbytes
-
-    def restart(self) -> None:
-        """A new text begins in every row: counts start again, and selections that are drawn are drawn as before."""
-        self._steps, self._now = 0, self._obedient
-        self.rows_read.zero_()
-        if self._selector is not None:
-            self._selector.reset()
-
-    def prefill(self, row: int, ids: Sequence[int]) -> Tensor:
-        """Put a prompt into a row; returns the logits (V,) after its last token.
-
-        Raises: ConfigError for a row or token id that does not exist, or no token; CapacityError for more tokens than
-            `capacity`; NotFiniteError as Decoder.prefill.
+        Args:
+            ids: 1 to `size` of them.
+            rows: of each token; tokens of one row stand together, in their order.
+        Returns: logits (N, V) float32 on the host, which the next run may overwrite.
+        Raises: ConfigError for a row or token id that does not exist, or too many tokens; CapacityError where a row is
+            full; NotFiniteError naming the layer where NaN or infinity begins. The rows then hold what they held.
         """
-        self._check(row, *ids)
-        if not 1 <= len(ids) <= self.cache.capacity:
-            raise CapacityError(f"the cache holds 1 to {self.cache.capacity} tokens a row, found {len(ids)}")
-        self._read[row] = list(ids)
-        self._ids_view[row], self._positions_view[row] = ids[-1], len(ids) - 1
-        return self._decoder.prefill(torch.tensor(ids), self.cache, row).cpu()
-
-    def feed(self, row: int, token_id: int) -> None:
-        """Set the next token of a row. A row that is not fed repeats its last token in place, to no effect.
-
-        Raises: ConfigError for a row or token id that does not exist; CapacityError where the row is full.
-        """
-        self._check(row, token_id)
-        if self._positions_view[row] + 1 >= self.cache.capacity:
-            raise CapacityError(f"row {row} is full: the cache holds {self.cache.capacity} tokens a row")
-        self._read[row].append(token_id)
-        self._ids_view[row] = token_id
-        self._positions_view[row] += 1
-
-    def run(self) -> Tensor:
-        """Read the tokens fed; returns logits (B, V) float32 on the host, which the next run may overwrite.
-
-        Raises: NotFiniteError naming the layer where NaN or infinity begins.
-        """
+        n = len(ids)
+        self._put(ids, rows)
         if self._selector is not None:
             self._selector.advance()
-            if not self._selector.in_step:
-                self._selector.start()
-        for ours, theirs in zip((self._ids, self._positions), self._inputs, strict=True):
-            if ours is not theirs:
-                theirs.copy_(ours)
-        if self._now.graph is not None:
-            self._now.graph.replay()
-            logits = self._now.logits
+        for host, theirs in zip(self._host, self._inputs, strict=True):
+            if host is not theirs:
+                theirs.copy_(host)
+        if self._recording is not None:
+            self._recording.replay()
+            logits = self._logits
         else:
-            with torch.inference_mode():
-                logits = self._step(self._selector)
-        self._steps += 1
-        if self._selector is not None and not self._selector.in_step:
-            self._selector.count()
-        logits = logits.cpu()
+            with torch.inference_mode():  # what runs between the kernels need not know padding
+                logits = self._step(Tokens(*(tensor[:n] for tensor in self._inputs)))
+        logits = logits[:n].cpu()
         if not is_finite(logits):
-            raise self._trace(logits)
-        if self._costs is not None and self._steps >= FIRST_LOOK and self._steps & (self._steps - 1) == 0:
-            self._look()
+            self._settle(rows)
+            raise self._trace(logits, ids, rows)
+        for row, token in zip(rows, ids, strict=True):
+            self.cache.append(row, (token,))
+        self.counts.steps += 1
+        self.counts.tokens += n
         return logits
 
-    def _check(self, row: int, *ids: int) -> None:
-        if not 0 <= row < self.cache.batch:
-            raise ConfigError(f"row must be in [0, {self.cache.batch}), found {row}")
-        V = self._decoder.config.vocab_size
+    def op_seconds(self, ids: Sequence[int], rows: Sequence[int]) -> dict[str, float] | None:
+        """Seconds by op of a run, whose tokens are then forgotten; None where that is not known."""
+        self._put(ids, rows)
+        try:
+            return None if self._recording is None else self._recording.replay_timed()
+        finally:
+            self._settle(rows)
+
+    def _put(self, ids: Sequence[int], rows: Sequence[int]) -> None:
+        n, V = len(ids), self._decoder.config.vocab_size
+        if not 1 <= n <= self.size or len(rows) != n:
+            raise ConfigError(f"a step of this size takes 1 to {self.size} tokens, found {n} of {len(rows)} rows")
         for token in ids:
             if not 0 <= token < V:
                 raise ConfigError(f"token ids must be in [0, {V}), found {token}")
+        ours, theirs, positions = self._views
+        begun: set[int] = set()
+        count = 0
+        for at, row in enumerate(rows):
+            count = count + 1 if at and row == rows[at - 1] else 1
+            if count == 1 and row in begun:
+                raise ConfigError(f"the tokens of a row must stand together, found row {row} again")
+            begun.add(row)
+            self.cache.require_room(row, count)
+            self.cache.require_burst(count)
+            ours[at], theirs[at], positions[at] = ids[at], row, self.cache.length(row) + count - 1
+        ours[n:], theirs[n:], positions[n:] = 0, -1, 0
 
-    def _trace(self, logits: Tensor) -> NotFiniteError:
-        row = next(row for row in range(len(logits)) if not is_finite(logits[row]))
-        error = trace(self._decoder, torch.tensor(self._read[row])) if self._read[row] else None
-        return error or not_finite(f"the {self._mode} step")
+    def _settle(self, rows: Sequence[int]) -> None:
+        for row in set(rows):
+            self.cache.settle(row)
 
-    def op_seconds(self) -> dict[str, float] | None:
-        """Seconds by op of one more run over the tokens fed; None where that is not known."""
-        return None if self._now.graph is None else self._now.graph.replay_timed()
+    def _trace(self, logits: Tensor, ids: Sequence[int], rows: Sequence[int]) -> NotFiniteError:
+        bad = next(n for n in range(len(logits)) if not is_finite(logits[n]))
+        text = [*self.cache.tokens(rows[bad]), *(i for i, row in zip(ids, rows, strict=True) if row == rows[bad])]
+        return trace(self._decoder, torch.tensor(text)) or not_finite(f"the {self._mode} step")
 
-    def _capture(self, selector: Watched | None, whole: frozenset[Part]) -> _Recorded:
+    def _capture(self) -> None:
         logits: list[Tensor] = []
         with torch.inference_mode():
-            graph = self._decoder.ops.record(lambda: logits.append(self._step(selector)), self._unchanged)
-        return _Recorded(selector, whole, graph, logits[-1])
+            work = lambda: logits.append(self._step(self._inputs))  # noqa: E731
+            self._recording = self._decoder.ops.record(work, self._rehearsal)
+        self._logits = logits[-1]
 
     @contextmanager
-    def _unchanged(self) -> Iterator[None]:
-        """Inside, the last step may be repeated in place; then cache and counts are as before."""
-        counts = [self.rows_read] if self._selector is None else [self.rows_read, self._selector.totals]
+    def _rehearsal(self) -> Iterator[None]:
+        """Inside, the step may run: its tokens are all padding, so the cache stays, and the counts are put back."""
+        counts = self.counts.rows_read, self.counts.attn_read
         before = [count.clone() for count in counts]
-        try:
-            with self.cache.unchanged(self._inputs[1].long()):
-                yield
-        finally:
-            for count, value in zip(counts, before, strict=True):
-                count.copy_(value)
+        yield
+        for count, value in zip(counts, before, strict=True):
+            count.copy_(value)
 
-    def _look(self) -> None:
-        """Read whole what costs less so, by the mean of what was selected since the last reset.
+    def _step(self, tokens: Tokens) -> Tensor:
+        return self._decoder.step(tokens, self.cache, mode=self._mode, selector=self._selector, counts=self.counts)
 
-        Until the text ends there is no way back: what a part would select is no longer known.
-        """
-        c, cuts = self._decoder.config, self._selector.cuts
-        heads = (self.heads_read / (self._steps * c.num_attention_heads)).tolist()
-        rows = (self.rows_read.cpu() / (self._steps * c.intermediate_size)).tolist()
-        more = {
-            (layer, 0)
-            for layer, pair in enumerate(cuts)
-            if pair[0] is not None and self._costs.heads_dense(heads[layer])
-        } | {
-            (layer, 1)
-            for layer, pair in enumerate(cuts)
-            if pair[1] is not None
-            and self._costs.neurons_dense(rows[layer][0], sum(rows[layer][1:]) / (len(rows[layer]) - 1))
-        }
-        if more:
-            # All that changes is made first and then put in place at once, so that an interrupt leaves all as it was.
-            selector = copy(self._selector)
-            selector.read_whole(more)
-            self._now = self._capture(selector, self._now.whole | more)
 
-    def _step(self, selector: Watched | None) -> Tensor:
-        if selector is not None and selector.in_step:
-            selector.start()
-        logits = self._decoder.step(
-            *self._inputs, self.cache, mode=self._mode, selector=selector, rows_read=self.rows_read
-        )
-        if selector is not None and selector.in_step:
-            selector.count()
-        return logits
+class Steps:
+    """Decode steps of 1, 2, 4, 8 ... tokens over one cache, each made when it is first needed.
+
+    `counts` are of all of them.
+
+    Args:
+        decoder, cache, mode, captured: as DecodeStep takes them.
+        selector: a copy of its own is made of it.
+        crossover: in steps of several tokens read those parts whole that are measured to be faster so
+            (engine.crossover); with a selector that is captured.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        mode: Mode,
+        selector: Selector | None = None,
+        *,
+        crossover: bool = False,
+        captured: bool = True,
+    ):
+        self._decoder, self.cache, self._mode, self._captured = decoder, cache, mode, captured
+        self._origin, self._selector = selector, None if selector is None else selector.fresh()
+        self._crossover = crossover and selector is not None and can_capture(decoder, selector)
+        self.counts = Counts(decoder.config, decoder.device)
+        self._steps: dict[int, DecodeStep] = {}
+        self._whole: dict[int, frozenset[Part]] = {}
+
+    def run(self, ids: Sequence[int], rows: Sequence[int], size: int | None = None) -> Tensor:
+        """As DecodeStep.run, by the step of `size` tokens; None: by the smallest that holds them."""
+        return self.step(size or bucket(len(ids))).run(ids, rows)
+
+    def step(self, size: int) -> DecodeStep:
+        """The step of one size."""
+        if size not in self._steps:
+            selector = self._selector
+            if whole := self._parts(size):
+                selector = selector.without(whole)
+            settings = self._decoder, self.cache, size, self._mode, selector, self.counts, self._captured
+            self._steps[size] = DecodeStep(*settings)
+        return self._steps[size]
+
+    def restart(self) -> None:
+        """New texts begin: counts start again, and selections that are drawn are drawn as before."""
+        self.counts.reset()
+        if self._selector is not None:
+            self._selector.restart()
+
+    def whole(self, size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The layers that the step of a size reads whole, since selecting does not pay: of heads, of neurons."""
+        parts = self._parts(size)
+        return tuple(tuple(sorted(layer for layer, p in parts if p == part)) for part in (0, 1))
+
+    def predictor_bytes(self, size: int) -> int:
+        """What the selector reads in a step of a size to choose, where it says so."""
+        parts = self._parts(size)
+        return 0 if self._selector is None else getattr(self._selector.without(parts), "nbytes", 0)
+
+    def _parts(self, size: int) -> Collection[Part]:
+        if not self._crossover or size == 1:
+            # A single row reads what was asked for, on every machine; what a union holds nobody asked for.
+            return frozenset()
+        if size not in self._whole:
+            self._whole[size] = whole_parts(self._decoder, size, self.cache.pending or None, self._origin)
+        return self._whole[size]
+
+
+def bucket(tokens: int) -> int:
+    """The size of the smallest step that holds so many tokens: 1, 2, 4, 8 ..."""
+    return 1 << (tokens - 1).bit_length()
 
 
 def can_capture(decoder: Decoder, selector: Selector | None) -> bool:
     """Whether a step is recorded once and replayed."""
     return decoder.ops.can_record and (selector is None or selector.capturable)
-
-
-@dataclass(frozen=True)
-class _Recorded:
-    """A way to run the step: who selects, the parts that are read whole, and where it is captured, graph and logits."""
-
-    selector: Watched | None
-    whole: frozenset[Part]
-    graph: Recording | None = None
-    logits: Tensor | None = None
-
-
-class Watched:
-    """A selector, and what attention has read of each layer under it: `totals` (3, L) int64, as DecodeStep.attn_read.
-
-    `start` stands before a step and `count` adds what it read: both are part of the step where PyTorch's ops are
-    recorded with it, so that a GPU never waits for the host; else they run around it, through numpy.
-
-    Args:
-        cache: of the steps; with lazy keys and values it tells which groups were projected, by a full ring too.
-    """
-
-    def __init__(self, selector: Selector, decoder: Decoder, cache: KVCache):
-        config, device, self.in_step = decoder.config, cache.k.device, decoder.ops.records_torch
-        self._heads, self._groups, self._kv_len = config.num_attention_heads, config.num_key_value_heads, cache.kv_len
-        self.totals = torch.zeros(3, config.num_hidden_layers, dtype=torch.int64, device=device)
-        self._before = None if cache.kv_len is None else cache.kv_len.clone()
-        self._every = torch.tensor([self._heads], dtype=torch.int32, device=device)
-        self._places: dict[tuple[tuple[int, int], ...], tuple[Tensor, ...]] = {}
-        self._lead(selector)
-
-    def _lead(self, selector: Selector) -> None:
-        self._selector, self.capturable = selector, selector.capturable
-        self.advance, self.begin, self.neurons = selector.advance, selector.begin, selector.neurons
-        self.collect = selector.collect
-        self.nbytes = getattr(selector, "nbytes", 0)
-        # By layer that selects; captured selections are buffers that every replay renews.
-        self._chosen: dict[int, tuple[Tensor, Tensor]] = {}
-
-    @property
-    def cuts(self) -> Cuts:
-        return self._selector.cuts
-
-    def read_whole(self, parts: Collection[Part]) -> None:
-        """Select no longer in these parts; a captured step is then to be captured anew."""
-        self._lead(self._selector.without(parts))
-
-    def heads(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> Selection:
-        selection = self._selector.heads(layer, y, attend)
-        if selection is not None:
-            self._chosen[layer] = selection if self.in_step else tuple(part.numpy() for part in selection)
-        return selection
-
-    def start(self) -> None:
-        if self._before is not None:
-            self._before.copy_(self._kv_len)
-
-    def count(self) -> None:
-        if self.in_step:
-            self._count_in_step()
-            return
-        heads, groups, projected = self.totals.numpy()
-        r = self._heads // self._groups
-        for layer in range(len(heads)):
-            if layer not in self._chosen:
-                heads[layer] += self._heads
-                groups[layer] += self._groups
-                continue
-            idx, count = self._chosen[layer]
-            n = int(count[0])
-            heads[layer] += n
-            groups[layer] += n if r == 1 else len(set((idx[:n] // r).tolist()))
-        if self._before is None:
-            projected += self._groups
-        else:
-            projected += (self._kv_len.numpy() != self._before.numpy()).any(1).sum(1)
-
-    def _count_in_step(self) -> None:
-        heads, groups, projected = self.totals
-        layers = range(len(heads))
-        counts = torch.cat([self._chosen[i][1] if i in self._chosen else self._every for i in layers])
-        heads += counts
-        groups += counts if self._heads == self._groups else self._groups_of(counts)
-        projected += self._groups if self._before is None else (self._kv_len != self._before).any(1).sum(1)
-
-    def _groups_of(self, counts: Tensor) -> Tensor:
-        """(L,) groups with a selected head, all layers in a few kernels: counts (L,) says how many heads are valid."""
-        G, r, chosen = self._groups, self._heads // self._groups, sorted(self._chosen.items())
-        sizes = tuple((layer, idx.numel()) for layer, (idx, _) in chosen)
-        if sizes not in self._places:  # made in the step before the capture, which may not copy from the host
-            layer = torch.tensor([i for i, n in sizes for _ in range(n)], dtype=torch.int64)
-            place = torch.tensor([at for _, n in sizes for at in range(n)], dtype=torch.int64)
-            every = torch.ones(len(counts), G, dtype=torch.int32)
-            every[[i for i, _ in sizes]] = 0
-            self._places[sizes] = tuple(t.to(counts.device) for t in (layer, place, every))
-        layer, place, every = self._places[sizes]
-        heads = torch.cat([idx for _, (idx, _) in chosen]).clamp(0, self._heads - 1)  # undefined behind the count
-        seen = every.flatten().scatter_add(0, layer * G + heads // r, (place < counts[layer]).int())
-        return (seen.view(-1, G) > 0).sum(1)
-
-    def reset(self) -> None:
-        self.totals.zero_()
-        self._selector.restart()
-
-    @property
-    def attn_read(self) -> Tensor:
-        """(3, L) int64 on the CPU."""
-        return self.totals.cpu().clone()

@@ -43,7 +43,7 @@ class Watch(Hooks):
     """Raises NotFiniteError at the first block whose output is not finite."""
 
     def begin(self, x: Tensor, positions: Tensor) -> None:
-        self._first = int(positions[0])
+        self._positions = positions
         self._look(x, "the embedding")
 
     def block(self, layer: int, block: Block, x: Tensor, f: Tensor) -> None:
@@ -58,4 +58,4 @@ class Watch(Hooks):
     def _look(self, values: Tensor, name: str) -> None:
         bad = ~torch.isfinite(values).all(1)
         if bad.any():
-            raise not_finite(f"{name} for token {self._first + int(bad.nonzero()[0])}")
+            raise not_finite(f"{name} for token {int(self._positions[bad.nonzero()[0]])}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from dejavu.selection import ScoreSelector
+if TYPE_CHECKING:
+    from dejavu.selection import ScoreSelector
 
 Block = Literal["attention", "mlp"]
 
@@ -54,7 +55,7 @@ class TokenMasks(Hooks):
         self.kept = torch.zeros(len(selector.cuts), 2, dtype=torch.int64)
 
     def begin(self, x: Tensor, positions: Tensor) -> None:
-        self._selector.begin(x)
+        self._selector.begin(x, None)
         prefix = positions < self._dense
         self._all = prefix if prefix.any() else None
         self.tokens += len(x) - int(prefix.sum())

@@ -91,7 +91,7 @@ class _Recorder(Hooks):
     def __init__(self, decoder: Decoder, folder: Path, label_error: float):
         self._folder, self._error = folder, label_error
         self._layers = decoder.config.num_hidden_layers
-        self._norms = [OutputNorms(layer, decoder.config) for layer in decoder.weights.layers]
+        self._norms = [OutputNorms(layer) for layer in decoder.weights.layers]
         self._parts: dict[Path, bytes] = {}
 
     def paths(self) -> list[Path]:

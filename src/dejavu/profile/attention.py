@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 from dejavu.errors import ConfigError
-from dejavu.kernels.quantized import dense
-from dejavu.kernels.reference import rotate
 from dejavu.model.cache import KVCache
 from dejavu.model.decoder import Decoder
 from dejavu.model.hooks import Hooks
@@ -31,15 +29,11 @@ class AttentionMaps(Hooks):
         self.maps = torch.zeros(c.num_hidden_layers, c.num_attention_heads, tokens, tokens)
 
     def heads(self, layer: int, y: Tensor, o: Tensor) -> Tensor:
-        d, attn = self._decoder, self._decoder.weights.layers[layer].attn
-        T, r = len(y), attn.heads_per_group
-        q = torch.einsum("tc,grdc->grtd", y, dense(attn.blocks[:, :r]))
-        if attn.qkv_bias is not None:
-            q = q + attn.qkv_bias[:, :r, None]
-        if self._cache.cos_sin is not None:
-            q = rotate(q, self._cache.cos_sin[:T])
+        d, T = self._decoder, len(y)
+        angles = None if self._cache.cos_sin is None else self._cache.cos_sin[:T]
+        q, _, _ = d.blocks.qkv(y, d.weights.layers[layer].attn, angles)
         k = self._cache.k[layer][0, :, :T].float()
-        scores = torch.einsum("grtd,gsd->grts", q, k).flatten(0, 1) * d.scale
+        scores = torch.einsum("gtrd,gsd->grts", q, k).flatten(0, 1) * d.scale
         distance = torch.arange(T)[:, None] - torch.arange(T)
         unseen = distance < 0
         if d.config.sliding_window is not None:

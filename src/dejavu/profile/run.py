@@ -134,6 +134,7 @@ def _watch(
                 raise ConfigError("the text is not the one this profile began with; give that one, or --overwrite")
         else:
             observer.at(seen, size)
+            cache.truncate(0, 0)
             decoder.prefill(torch.tensor(ids), cache, hooks=observer)
             state.windows, state.digest = seen, digest.hexdigest()
             if seen % SAVE_EVERY == 0:

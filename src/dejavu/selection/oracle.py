@@ -12,19 +12,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dejavu.checkpoint.layout import Layer, Weights
+from dejavu.checkpoint.layout import Layer, Norm, Weights
 from dejavu.config import ModelConfig
 from dejavu.kernels.base import Backend
 from dejavu.kernels.quantized import dense
-from dejavu.kernels.reference import activate
+from dejavu.kernels.reference import Tokens
+from dejavu.model.blocks import Blocks
 from dejavu.selection.selector import Cuts, ScoreSelector
 
 
 class OutputNorms:
     """The norms of what one layer's units contribute."""
 
-    def __init__(self, layer: Layer, config: ModelConfig):
-        self._config, self._mlp = config, layer.mlp
+    def __init__(self, layer: Layer):
         self._columns = dense(layer.mlp.rows[:, -1]).norm(dim=1)
         r = layer.attn.heads_per_group
         out = dense(layer.attn.blocks[:, r + 2 :]).flatten(0, 1)  # (H, D, C)
@@ -38,17 +38,6 @@ class OutputNorms:
         """(T, I) for the activations h (T, I) that enter fc2 (down)."""
         return h.abs() * self._columns
 
-    def neurons_of_input(self, y: Tensor) -> Tensor:
-        """(T, I) for the MLP's normalised inputs y (T, C)."""
-        c, rows, bias = self._config, self._mlp.rows, self._mlp.in_bias
-        columns = None if bias is None else bias.view(len(self._columns), -1).T
-        pre = [y @ dense(rows[:, i]).T for i in range(rows.shape[1] - 1)]
-        pre = pre if columns is None else [p + columns[i] for i, p in enumerate(pre)]
-        h = activate(pre[0], c.activation, c.activation_threshold)
-        if c.gated:
-            h = h * (activate(pre[1], c.activation, c.activation_threshold) if c.activate_up else pre[1])
-        return self.neurons(h)
-
 
 class OracleSelector(ScoreSelector):
     """The units with the largest output norm, found by computing all of them first. Not captured: it is two passes."""
@@ -57,38 +46,34 @@ class OracleSelector(ScoreSelector):
 
     def __init__(self, cuts: Cuts, config: ModelConfig, weights: Weights, ops: Backend):
         super().__init__(cuts, ops)
-        self._config = config
-        self._norms = [OutputNorms(layer, config) for layer in weights.layers]
+        self._layers, self._blocks = weights.layers, Blocks(config, weights.dtype, ops)
+        self._norms = [OutputNorms(layer) for layer in weights.layers]
 
     def head_scores(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> Tensor | None:
         return None if self.cuts[layer][0] is None else self._norms[layer].heads(attend())
 
     def neuron_scores(self, layer: int, y: Tensor) -> Tensor | None:
-        return None if self.cuts[layer][1] is None else self._norms[layer].neurons_of_input(y)
+        return None if self.cuts[layer][1] is None else self._neuron_norms(layer, y)
+
+    def _neuron_norms(self, layer: int, y: Tensor) -> Tensor:
+        return self._norms[layer].neurons(self._blocks.activations(y, self._layers[layer].mlp))
 
 
 class NonContextualSelector(OracleSelector):
     """What the oracle would choose if the token stood alone: its normalised embedding takes the hidden state's place,
     and it attends to nothing but itself."""
 
-    def __init__(self, cuts: Cuts, config: ModelConfig, weights: Weights, ops: Backend):
-        super().__init__(cuts, config, weights, ops)
-        self._layers = weights.layers
-
-    def begin(self, x: Tensor) -> None:
+    def begin(self, x: Tensor, tokens: Tokens | None) -> None:
+        super().begin(x, tokens)
         self._x = x.clone()
 
     def head_scores(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> Tensor | None:
         if self.cuts[layer][0] is None:
             return None
-        attn = self._layers[layer].attn
-        G, _, D, _ = attn.blocks.shape
-        r = attn.heads_per_group
-        y = self._normalised(self._layers[layer].attn_norm)
-        values = torch.einsum("bc,gdc->bgd", y, dense(attn.blocks[:, r + 1]))
-        if attn.qkv_bias is not None:
-            values = values + attn.qkv_bias[:, r + 1]
-        alone = values[:, :, None].expand(-1, G, r, D).reshape(-1, G * r, D)
+        weights = self._layers[layer]
+        # A token that attends to itself alone has its own value for an output, wherever it stands.
+        _, _, values = self._blocks.qkv(self._normalised(weights.attn_norm), weights.attn, None)
+        alone = values.transpose(0, 1).repeat_interleave(weights.attn.heads_per_group, 1)
         return super().head_scores(layer, y, lambda: alone)
 
     def neuron_scores(self, layer: int, y: Tensor) -> Tensor | None:
@@ -96,11 +81,8 @@ class NonContextualSelector(OracleSelector):
             return None
         return super().neuron_scores(layer, self._normalised(self._layers[layer].mlp_norm))
 
-    def _normalised(self, norm) -> Tensor:
-        c = self._config
-        if not c.norm_before:
-            return self._x
-        return self._ops.add_norm(self._x, None, None, norm.weight, norm.bias, kind=c.norm, eps=c.norm_eps)
+    def _normalised(self, norm: Norm) -> Tensor:
+        return self._blocks.norm(self._x, norm, self._blocks.config.norm_before)
 
 
 class Importance(OracleSelector):
@@ -121,4 +103,4 @@ class Importance(OracleSelector):
         self.total[layer][0].add_(self._norms[layer].heads(attend()).pow(2).sum(0))
 
     def neuron_scores(self, layer: int, y: Tensor) -> None:
-        self.total[layer][1].add_(self._norms[layer].neurons_of_input(y).pow(2).sum(0))
+        self.total[layer][1].add_(self._neuron_norms(layer, y).pow(2).sum(0))

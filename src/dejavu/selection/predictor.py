@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 from torch import Tensor
@@ -130,7 +131,8 @@ class PredictorSelector(ScoreSelector):
             # Bound now: the closure runs at once, but on another stream.
             def predict(target: int = target) -> tuple[Tensor, Tensor]:
                 cut = self.cuts[target // 2][target % 2]
-                return cut.select(self._ops, self._predictors[target].scores(self._ops.linear, y))
+                linear = partial(self._ops.linear, tokens=self._tokens)
+                return cut.select(self._ops, self._predictors[target].scores(linear, y), self._tokens)
 
             self._pending[target] = self._ops.beside(predict, y)
         self.collect(block // 2, block % 2)

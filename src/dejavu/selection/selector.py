@@ -10,7 +10,7 @@ from typing import Protocol, Self
 from torch import Tensor
 
 from dejavu.kernels.base import Backend
-from dejavu.kernels.reference import Selection
+from dejavu.kernels.reference import Selection, Tokens
 
 Cuts = Sequence[tuple["Cut | None", "Cut | None"]]
 
@@ -42,8 +42,9 @@ class Selector(Protocol):
     def advance(self) -> None:
         """Prepare the next step. Called on the host, before the step runs or is replayed."""
 
-    def begin(self, x: Tensor) -> None:
-        """Start a step. x: (B, C) float32, the token embeddings, with learned positions added."""
+    def begin(self, x: Tensor, tokens: Tokens | None) -> None:
+        """Start a step. x: (N, C) float32, the token embeddings, with learned positions added; tokens: whose padding
+        selects nothing; None: all are real."""
 
     def collect(self, layer: int, part: int) -> None:
         """Wait for the heads (part 0) or neurons (1) of a layer, if they are being chosen already.
@@ -56,13 +57,13 @@ class Selector(Protocol):
         """The query heads that a layer reads; None for all.
 
         Args:
-            y: (B, C) float32, the normalised input of the layer's attention.
-            attend: computes all heads' outputs (B, H, D) float32 and the token's keys and values; for selectors that
+            y: (N, C) float32, the normalised input of the layer's attention.
+            attend: computes all heads' outputs (N, H, D) float32 and the token's keys and values; for selectors that
                 look at what they choose from.
         """
 
     def neurons(self, layer: int, y: Tensor) -> Selection:
-        """The neurons that a layer reads; None for all. y: (B, C) float32, the normalised input of the layer's MLP."""
+        """The neurons that a layer reads; None for all. y: (N, C) float32, the normalised input of the layer's MLP."""
 
     def without(self, parts: Collection[Part]) -> Self:
         """The same selector with these parts read whole, and nothing spent on choosing for them."""
@@ -70,19 +71,19 @@ class Selector(Protocol):
 
 @dataclass(frozen=True)
 class Cut:
-    """Which of N scored units a token keeps: those that reach `threshold` (None: any score does), the best `k` at most.
+    """Which of U scored units a token keeps: those that reach `threshold` (None: any score does), the best `k` at most.
 
-    Rows of a batch share the union of what they keep; with a threshold the union holds at most B * k.
+    The tokens of a step share the union of what they keep; with a threshold the union holds at most N * k.
     """
 
     k: int
     threshold: float | None = None
 
-    def select(self, ops: Backend, scores: Tensor) -> Selection:
-        """The selection of a batch. scores: (B, N) float32, no NaN."""
+    def select(self, ops: Backend, scores: Tensor, tokens: Tokens | None = None) -> Selection:
+        """The selection of a step. scores: (N, U) float32, no NaN."""
         if self.threshold is None:
-            return ops.select_topk(scores, self.k)
-        return ops.select_threshold(scores, self.threshold, min(len(scores) * self.k, scores.shape[1]))
+            return ops.select_topk(scores, self.k, tokens)
+        return ops.select_threshold(scores, self.threshold, min(len(scores) * self.k, scores.shape[1]), tokens)
 
     def mask(self, scores: Tensor) -> Tensor:
         """(T, N) bool: what each of T tokens would keep if it were alone, equal scores by lower index."""
@@ -113,6 +114,7 @@ class ScoreSelector:
     """
 
     capturable = True
+    _tokens: Tokens | None = None  # of the step, since `begin`
 
     def __init__(self, cuts: Cuts, ops: Backend):
         self.cuts, self._ops = list(cuts), ops
@@ -134,8 +136,9 @@ class ScoreSelector:
     def advance(self) -> None:
         """Most policies look at nothing but the step itself."""
 
-    def begin(self, x: Tensor) -> None:
+    def begin(self, x: Tensor, tokens: Tokens | None) -> None:
         """Most policies don't need the embedding."""
+        self._tokens = tokens
 
     def collect(self, layer: int, part: int) -> None:
         """Most policies begin nothing early."""
@@ -150,8 +153,8 @@ class ScoreSelector:
 
     def heads(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> Selection:
         scores = self.head_scores(layer, y, attend)
-        return None if scores is None else self.cuts[layer][0].select(self._ops, scores)
+        return None if scores is None else self.cuts[layer][0].select(self._ops, scores, self._tokens)
 
     def neurons(self, layer: int, y: Tensor) -> Selection:
         scores = self.neuron_scores(layer, y)
-        return None if scores is None else self.cuts[layer][1].select(self._ops, scores)
+        return None if scores is None else self.cuts[layer][1].select(self._ops, scores, self._tokens)

@@ -33,7 +33,7 @@ class SignsSelector(ScoreSelector):
         if self.cuts[layer][1] is None:
             return None
         rows, bias = self._rows[layer]
-        return self._ops.linear(y, rows, bias)
+        return self._ops.linear(y, rows, bias, self._tokens)
 
     @property
     def nbytes(self) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 from dejavu.kernels import reference
 from dejavu.kernels import triton as ops
 from dejavu.kernels.quantized import Quantized
+from dejavu.kernels.reference import Tokens
 from dejavu.kernels.triton import tuning
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -92,7 +93,8 @@ def interpret_bfloat16_products(monkeypatch):
 
 def _copied(value, device):
     if isinstance(value, tuple):
-        return tuple(_copied(part, device) for part in value)
+        parts = [_copied(part, device) for part in value]
+        return Tokens(*parts) if isinstance(value, Tokens) else tuple(parts)
     if isinstance(value, Quantized):
         return Quantized(value.data.clone().to(device), value.width, value.format)
     return value.clone().to(device) if isinstance(value, Tensor) else value

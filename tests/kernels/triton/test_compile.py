@@ -13,6 +13,7 @@ from triton.runtime.jit import JITFunction
 
 from dejavu.kernels import triton as ops
 from dejavu.kernels.quantized import Quantized, RowFormat
+from dejavu.kernels.reference import Tokens
 from dejavu.kernels.triton import tuning
 from dejavu.kernels.triton.bandwidth import _read
 
@@ -76,14 +77,14 @@ def check_weight_loads(kernels, expected):
 
 @pytest.mark.parametrize("B", [1, 16])
 def test_matrix_kernels(compiled, B):
-    x, blocks, positions = make(B, C), make(H, 4, D, C, dtype=torch.bfloat16), make(B, dtype=torch.int32)
+    x, blocks, tokens = make(B, C), make(H, 4, D, C, dtype=torch.bfloat16), Tokens(*3 * [make(B, dtype=torch.int32)])
     caches = [make(B, H, S, D, dtype=torch.bfloat16) for _ in range(2)]
-    lazy = {"hidden": make(B, 32, C), "kv_len": make(B, H, dtype=torch.int32)}
+    lazy = {"hidden": make(B, 32, C), "kv_len": make(B, H, dtype=torch.int32), "pending": 25}
     ops.linear(x, make(50272, C, dtype=torch.bfloat16))
-    ops.attn_qkv(x, blocks, make(H, 3, D), make(S, D), positions, *caches, select(H), **lazy)
+    ops.attn_qkv(x, blocks, make(H, 3, D), make(S, D), tokens, *caches, select(H), **lazy)
     ops.attn_out(make(B, H, D), blocks, select(H))
     rows, rows_read = make(INTERMEDIATE, 3, C, dtype=torch.bfloat16), make(3, dtype=torch.int64)
-    ops.mlp(x, rows, make(INTERMEDIATE, 2), select(4096), activation="relu", exact=True, rows_read=rows_read)
+    ops.mlp(x, rows, make(INTERMEDIATE, 2), select(4096), activation="relu", skip_zeros=True, rows_read=rows_read)
     check_weight_loads(compiled, ["_linear", "_attn_qkv", "_attn_pending", "_sum_rows", "_mlp_in", "_sum_rows"])
 
 
@@ -101,14 +102,14 @@ def test_quantized_weights(compiled, form, B):
     def rows(*shape):
         return Quantized(make(*shape[:-1], form.row_bytes(shape[-1]), dtype=torch.uint8), shape[-1], form)
 
-    x, blocks, positions = make(B, C), rows(H, 4, D, C), make(B, dtype=torch.int32)
+    x, blocks, tokens = make(B, C), rows(H, 4, D, C), Tokens(*3 * [make(B, dtype=torch.int32)])
     caches = [make(B, H, S, D, dtype=torch.bfloat16) for _ in range(2)]
-    lazy = {"hidden": make(B, 32, C), "kv_len": make(B, H, dtype=torch.int32)}
+    lazy = {"hidden": make(B, 32, C), "kv_len": make(B, H, dtype=torch.int32), "pending": 25}
     ops.linear(x, rows(50272, C))
-    ops.attn_qkv(x, blocks, make(H, 3, D), None, positions, *caches, select(H), **lazy)
+    ops.attn_qkv(x, blocks, make(H, 3, D), None, tokens, *caches, select(H), **lazy)
     ops.attn_out(make(B, H, D), blocks, select(H))
-    ops.mlp(x, rows(INTERMEDIATE, 2, C), make(INTERMEDIATE), select(4096), activation="relu", exact=True)
-    ops.embed(positions, rows(50272, C))
+    ops.mlp(x, rows(INTERMEDIATE, 2, C), make(INTERMEDIATE), select(4096), activation="relu", skip_zeros=True)
+    ops.embed(tokens, rows(50272, C))
     names = ["_linear", "_attn_qkv", "_attn_pending", "_sum_rows", "_mlp_in", "_sum_rows", "_gather"]
     if form.bits == 4 and B == 1:
         for name in ("_linear", "_attn_qkv", "_mlp_in"):
@@ -134,16 +135,16 @@ def test_kernels_wait_for_their_inputs_where_they_may_start_early(compiled, requ
 @pytest.mark.parametrize("G", [H, 8])
 def test_attend(compiled, G):
     q, k = make(2, H, D), make(2, G, S, D, dtype=torch.bfloat16)
-    ops.attend(q, k, k, make(2, dtype=torch.int32), select(H), scale=0.1, window=1000)
+    ops.attend(q, k, k, Tokens(*3 * [make(2, dtype=torch.int32)]), select(H), scale=0.1, window=1000)
     ((_, ptx),) = compiled
     assert re.search(r"ld\.global\.v4|cp\.async\.cg.*0x10", ptx)
 
 
 def test_small_kernels(compiled):
-    x, ids = make(2, C), make(2, dtype=torch.int32)
+    x, tokens = make(2, C), Tokens(*3 * [make(2, dtype=torch.int32)])
     table = make(2050, C, dtype=torch.bfloat16)
-    ops.embed(ids, table)
-    ops.add_positions(x, ids, table, 2)
+    ops.embed(tokens, table)
+    ops.add_positions(x, tokens, table, 2)
     ops.add_norm(x, make(33, 2, C), make(C), make(C), make(C), kind="layer", eps=1e-5)
     ops.select_threshold(make(1, INTERMEDIATE), 0.5, 4096)
     ops.select_topk(make(2, H), 12)

@@ -10,8 +10,9 @@ from dejavu.kernels import backend, reference
 from dejavu.kernels import triton as ops
 
 # Helpers of the reference, not ops.
-_HELPERS = {"activate", "dense", "rotate"}
-_OPS = [n for n, f in vars(reference).items() if inspect.isfunction(f) and n[0] != "_" and n not in _HELPERS]
+_HELPERS = {"activate", "rotate"}
+_FUNCTIONS = [n for n, f in vars(reference).items() if inspect.isfunction(f) and f.__module__ == reference.__name__]
+_OPS = [name for name in _FUNCTIONS if name[0] != "_" and name not in _HELPERS]
 
 
 @pytest.mark.parametrize("name", _OPS)

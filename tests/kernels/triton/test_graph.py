@@ -8,6 +8,7 @@ import torch
 from dejavu.errors import KernelUnavailable
 from dejavu.kernels import reference
 from dejavu.kernels import triton as ops
+from dejavu.kernels.reference import Tokens
 from dejavu.kernels.triton.tiles import tickets
 
 S, P, V = 48, 4, 61
@@ -28,7 +29,8 @@ class Step:
         self.kv = torch.zeros(2, B, H, S, D, dtype=dtype, device=device)
         self.hidden = torch.zeros(B, P, C, device=device)
         self.kv_len = torch.zeros(B, H, dtype=torch.int32, device=device)
-        self.ids, self.positions = torch.zeros(2, B, dtype=torch.int32, device=device)
+        ids, positions = torch.zeros(2, B, dtype=torch.int32, device=device)
+        self.tokens = Tokens.one_a_row(positions, ids)
         self.head_scores, self.neuron_scores = torch.zeros(B, H, device=device), torch.zeros(B, inter, device=device)
         self.rows_read = torch.zeros(2, dtype=torch.int64, device=device)
 
@@ -37,20 +39,20 @@ class Step:
         generator = torch.Generator().manual_seed(position)
         for scores in (self.head_scores, self.neuron_scores):
             scores.copy_(torch.rand(scores.shape, generator=generator))
-        self.ids.copy_(torch.randint(V, self.ids.shape, generator=generator))
-        self.positions.fill_(position)
+        self.tokens.ids.copy_(torch.randint(V, self.tokens.ids.shape, generator=generator))
+        self.tokens.positions.fill_(position)
 
     def run(self):
         ops, norm = self.ops, {"kind": "layer", "eps": 1e-5}
-        x = ops.embed(self.ids, self.embed)
+        x = ops.embed(self.tokens, self.embed)
         y = ops.add_norm(x, None, None, None, None, **norm)
         heads = ops.select_topk(self.head_scores, 2)
-        lazy = {"hidden": self.hidden, "kv_len": self.kv_len}
-        q = ops.attn_qkv(y, self.blocks, None, None, self.positions, *self.kv, heads, **lazy)
-        o = ops.attend(q, *self.kv, self.positions, heads, scale=0.2)
+        lazy = {"hidden": self.hidden, "kv_len": self.kv_len, "pending": P}
+        q = ops.attn_qkv(y, self.blocks, None, None, self.tokens, *self.kv, heads, **lazy)
+        o = ops.attend(q, *self.kv, self.tokens, heads, scale=0.2)
         y = ops.add_norm(x, ops.attn_out(o, self.blocks, heads), None, None, None, **norm)
         neurons = ops.select_threshold(self.neuron_scores, 0.8, self.neuron_scores.shape[1])
-        partials = ops.mlp(y, self.rows, None, neurons, activation="relu", exact=True, rows_read=self.rows_read)
+        partials = ops.mlp(y, self.rows, None, neurons, activation="relu", skip_zeros=True, rows_read=self.rows_read)
         return ops.linear(ops.add_norm(x, partials, None, None, None, **norm), self.embed)
 
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from dejavu.config import ACTIVATIONS
+from dejavu.kernels.reference import Tokens
 
 I = 75  # noqa: E741
 
@@ -34,7 +35,7 @@ def test_mlp(both, close, selection, size, gated, B, exact, count):
         bias,
         neurons,
         activation="relu",
-        exact=exact,
+        skip_zeros=exact,
         rows_read=torch.ones(3 if gated else 2, dtype=torch.int64),
     )
     close(actual.sum(0), expected.sum(0))
@@ -63,9 +64,20 @@ def test_exact_reads_no_row_of_a_closed_neuron(both, close, size, B, gated):
     assert 0 < closed.sum() < I
     clean = rows.clone()
     rows[closed, 1:] = float("nan")
-    actual, *_ = both("mlp", x, rows, bias, activation="relu", exact=True)
-    _, expected, *_ = both("mlp", x, clean, bias, activation="relu", exact=True)
+    actual, *_ = both("mlp", x, rows, bias, activation="relu", skip_zeros=True)
+    _, expected, *_ = both("mlp", x, clean, bias, activation="relu", skip_zeros=True)
     close(actual.sum(0), expected.sum(0))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_padding_opens_no_row(both, close, gated):
+    rows, bias = _make(48, torch.float32, gated)
+    where = torch.tensor([4, 0, -1, -1], dtype=torch.int32)
+    tokens = Tokens(torch.zeros_like(where), where, torch.zeros_like(where))
+    kw = {"activation": "relu", "skip_zeros": True, "rows_read": torch.zeros(3 if gated else 2, dtype=torch.int64)}
+    actual, expected, mine, theirs = both("mlp", torch.randn(4, 48), rows, bias, None, tokens, **kw)
+    close(actual.sum(0)[:2], expected.sum(0)[:2])
+    assert torch.equal(mine[-1]["rows_read"], theirs[-1]["rows_read"])
 
 
 @pytest.mark.parametrize("B", [1, 2])

@@ -6,6 +6,7 @@ import torch
 from dejavu.errors import KernelUnavailable
 from dejavu.kernels import triton as ops
 from dejavu.kernels.quantized import RowFormat, quantize
+from dejavu.kernels.reference import Tokens
 
 FORMATS = ["int8", "int4", "int4-g32", "int4-g128z", "int4-g32z"]
 
@@ -24,7 +25,8 @@ def test_linear(both, close, rows, B, C):
 
 
 def test_embed(both, close, rows):
-    actual, expected, *_ = both("embed", torch.tensor([3, 0, 10], dtype=torch.int32), rows(11, 129))
+    ids = torch.tensor([3, 0, 10], dtype=torch.int32)
+    actual, expected, *_ = both("embed", Tokens.one_a_row(ids, ids), rows(11, 129))
     close(actual, expected)
 
 
@@ -36,7 +38,7 @@ def test_mlp(both, close, selection, rows, B, gated, exact, count):
     weights = rows(inter, 3 if gated else 2, C)
     counts = torch.zeros(3 if gated else 2, dtype=torch.int64)
     args = torch.randn(B, C), weights, bias, neurons
-    actual, expected, mine, theirs = both("mlp", *args, activation="relu", exact=exact, rows_read=counts)
+    actual, expected, mine, theirs = both("mlp", *args, activation="relu", skip_zeros=exact, rows_read=counts)
     close(actual.sum(0), expected.sum(0))
     assert torch.equal(mine[-1]["rows_read"], theirs[-1]["rows_read"])
 
@@ -57,9 +59,9 @@ def test_attn_qkv(both, close, selection, rows, B, pending):
     heads = selection(G, 2, G)
     caches = torch.zeros(2, B, G, S, D)
     state = {"hidden": torch.randn(B, P, C), "kv_len": torch.full((B, G), 12 - pending, dtype=torch.int32)}
-    positions = torch.full((B,), 11, dtype=torch.int32)
+    state["pending"], tokens = P, Tokens.one_a_row(torch.full((B,), 11, dtype=torch.int32))
     actual, expected, mine, theirs = both(
-        "attn_qkv", torch.randn(B, C), rows(G, 4, D, C), None, torch.randn(S, D), positions, *caches, heads, **state
+        "attn_qkv", torch.randn(B, C), rows(G, 4, D, C), None, torch.randn(S, D), tokens, *caches, heads, **state
     )
     kept = heads[0][:2].tolist()
     close(actual[:, kept], expected[:, kept])

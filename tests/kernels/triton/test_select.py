@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from dejavu.kernels.reference import Tokens
+
 
 def _same(both, name, *args):
     actual, expected, *_ = both(name, *args)
@@ -21,6 +23,15 @@ def test_threshold(both, B, N, threshold, capacity):
 @pytest.mark.parametrize("N, k", [(1, 1), (65, 1), (65, 64), (300, 131), (300, 300), (7, 9)])
 def test_topk(both, B, N, k):
     assert _same(both, "select_topk", torch.randn(B, N), k) >= min(k, N)
+
+
+def test_padding_chooses_nothing(both):
+    rows = torch.tensor([2, 0, -1, -1], dtype=torch.int32)
+    tokens, scores = Tokens(torch.zeros_like(rows), rows, torch.zeros_like(rows)), torch.randn(4, 300)
+    scores[2:] += 5
+    assert _same(both, "select_topk", scores, 20, tokens) <= 40
+    _same(both, "select_threshold", scores, 0.5, 300, tokens)
+    _same(both, "select_threshold", scores, 0.5, 7, tokens)
 
 
 @pytest.mark.parametrize("k", [1, 149, 151])

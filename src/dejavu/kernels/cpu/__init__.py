@@ -22,7 +22,7 @@ if "DEJAVU_NATIVE" in os.environ:  # a folder with another build of the library,
     __path__.insert(0, os.environ["DEJAVU_NATIVE"])
 from dejavu.kernels.cpu import _native
 from dejavu.kernels.quantized import Quantized, Weight
-from dejavu.kernels.reference import Selection
+from dejavu.kernels.reference import Selection, Tokens
 
 _NORMS = ("none", "layer", "rms")
 
@@ -162,14 +162,18 @@ def _row_bytes(weight: Weight) -> int:
     return weight.row_bytes if isinstance(weight, Quantized) else weight.shape[-1] * weight.element_size()
 
 
-def embed(ids: Tensor, table: Weight) -> Tensor:
-    out = _floats(ids.shape[0], table.shape[1])
-    _issue(_native.Tape.embed, ids, _weights(table), out, 0, False)
+def _rows(tokens: Tokens | None) -> Tensor | None:
+    return None if tokens is None else tokens.rows
+
+
+def embed(tokens: Tokens, table: Weight) -> Tensor:
+    out = _floats(tokens.ids.shape[0], table.shape[1])
+    _issue(_native.Tape.embed, tokens.ids, tokens.rows, _weights(table), out, 0, False)
     return out
 
 
-def add_positions(x: Tensor, positions: Tensor, table: Tensor, offset: int) -> None:
-    _issue(_native.Tape.embed, positions, _weights(table), x, offset, True)
+def add_positions(x: Tensor, tokens: Tokens, table: Tensor, offset: int) -> None:
+    _issue(_native.Tape.embed, tokens.positions, tokens.rows, _weights(table), x, offset, True)
 
 
 def add_norm(
@@ -178,18 +182,19 @@ def add_norm(
     partial_bias: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    tokens: Tokens | None = None,
     *,
     kind: str,
     eps: float,
 ) -> Tensor:
     y = torch.empty_like(x)
-    _issue(_native.Tape.add_norm, x, partials, partial_bias, weight, bias, y, _NORMS.index(kind), eps)
+    _issue(_native.Tape.add_norm, x, partials, partial_bias, weight, bias, _rows(tokens), y, _NORMS.index(kind), eps)
     return y
 
 
-def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, tokens: Tokens | None = None) -> Tensor:
     out = _floats(x.shape[0], weight.shape[0])
-    _issue(_native.Tape.linear, x, _weights(weight), bias, out)
+    _issue(_native.Tape.linear, x, _weights(weight), bias, _rows(tokens), out)
     return out
 
 
@@ -198,23 +203,26 @@ def attn_qkv(
     blocks: Weight,
     bias: Tensor | None,
     cos_sin: Tensor | None,
-    positions: Tensor,
+    tokens: Tokens,
     k_cache: Tensor,
     v_cache: Tensor,
     heads: Selection = None,
     *,
     hidden: Tensor | None = None,
     kv_len: Tensor | None = None,
+    pending: int = 0,
+    attn_read: Tensor | None = None,
 ) -> Tensor:
     G, parts, D, _ = blocks.shape
-    r, B = (parts - 2) // 2, x.shape[0]
-    q = _floats(B, G * r, D)
+    r, N = (parts - 2) // 2, x.shape[0]
+    q = _floats(N, G * r, D)
     plan = None
     if heads is not None or hidden is not None:
-        plan = torch.empty(1 + G * (r + 2) + B * G, dtype=torch.int32)
+        plan = torch.empty(1 + G * (r + 2) + N * G, dtype=torch.int32)
     _issue(
         _native.Tape.attn_qkv,
-        *(x, _weights(blocks), bias, cos_sin, positions, k_cache, v_cache, *_pair(heads), hidden, kv_len, q, plan),
+        *(x, _weights(blocks), bias, cos_sin, tokens.rows, tokens.positions, k_cache, v_cache, *_pair(heads)),
+        *(hidden, kv_len, pending, attn_read, q, plan),
     )
     return q
 
@@ -223,22 +231,25 @@ def attend(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    positions: Tensor,
+    tokens: Tokens,
     heads: Selection = None,
     *,
     scale: float,
     window: int | None = None,
 ) -> Tensor:
     out = torch.empty_like(q)
-    _issue(_native.Tape.attend, q, k_cache, v_cache, positions, *_pair(heads), out, scale, window or 0)
+    _issue(
+        _native.Tape.attend,
+        *(q, k_cache, v_cache, tokens.rows, tokens.positions, *_pair(heads), out, scale, window or 0),
+    )
     return out
 
 
-def attn_out(o: Tensor, blocks: Weight, heads: Selection = None) -> Tensor:
+def attn_out(o: Tensor, blocks: Weight, heads: Selection = None, tokens: Tokens | None = None) -> Tensor:
     _, H, D = o.shape
     C = blocks.shape[3]
     partials = _floats(_slices(H * D, _row_bytes(blocks)), o.shape[0], C)
-    _issue(_native.Tape.attn_out, o, _weights(blocks), *_pair(heads), partials)
+    _issue(_native.Tape.attn_out, o, _weights(blocks), *_pair(heads), _rows(tokens), partials)
     return partials
 
 
@@ -247,34 +258,37 @@ def mlp(
     rows: Weight,
     bias: Tensor | None,
     neurons: Selection = None,
+    tokens: Tokens | None = None,
     *,
     activation: str,
     threshold: float = 0.0,
     activate_up: bool = False,
-    exact: bool = False,
+    skip_zeros: bool = False,
     rows_read: Tensor | None = None,
 ) -> Tensor:
     partials = _floats(_slices(rows.shape[0], rows.shape[1] * _row_bytes(rows)), *x.shape)
     _issue(
         _native.Tape.mlp,
-        *(x, _weights(rows), bias, *_pair(neurons), rows_read, partials),
-        *(ACTIVATIONS.index(activation), threshold, activate_up, exact),
+        *(x, _weights(rows), bias, *_pair(neurons), _rows(tokens), rows_read, partials),
+        *(ACTIVATIONS.index(activation), threshold, activate_up, skip_zeros),
     )
     return partials
 
 
-def select_threshold(scores: Tensor, threshold: float, capacity: int) -> tuple[Tensor, Tensor]:
-    return _select(scores, capacity, 0, threshold)
+def select_threshold(
+    scores: Tensor, threshold: float, capacity: int, tokens: Tokens | None = None
+) -> tuple[Tensor, Tensor]:
+    return _select(scores, capacity, 0, threshold, tokens)
 
 
-def select_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    B, N = scores.shape
-    return _select(scores, min(B * k, N), k, 0.0)
+def select_topk(scores: Tensor, k: int, tokens: Tokens | None = None) -> tuple[Tensor, Tensor]:
+    N, total = scores.shape
+    return _select(scores, min(N * k, total), k, 0.0, tokens)
 
 
-def _select(scores: Tensor, capacity: int, k: int, threshold: float) -> tuple[Tensor, Tensor]:
+def _select(scores: Tensor, capacity: int, k: int, threshold: float, tokens: Tokens | None) -> tuple[Tensor, Tensor]:
     idx, count = torch.empty(capacity, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
-    _issue(_native.Tape.select, scores, idx, count, k, threshold)
+    _issue(_native.Tape.select, scores, _rows(tokens), idx, count, k, threshold)
     return idx, count
 
 

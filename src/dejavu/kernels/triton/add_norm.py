@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dejavu.kernels.reference import Tokens
 from dejavu.kernels.triton import tuning
 from dejavu.kernels.triton.tiles import begin
 
@@ -61,6 +62,7 @@ def add_norm(
     partial_bias: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    tokens: Tokens | None = None,
     *,
     kind: str,
     eps: float,

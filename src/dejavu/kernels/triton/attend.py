@@ -1,4 +1,5 @@
-"""Attention of one query a head over the cache: split over the context, put together in a fixed order, one launch.
+"""Attention of a token's queries over its row of the cache: split over the context, put together in a fixed order, one
+launch.
 
 The context is cut by the cache's capacity, not by the position, so one grid is right for every step: a program whose
 part lies past the position, before the window, or in a group without a selected head, ends at once. The heads of a
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dejavu.kernels.reference import Selection
+from dejavu.kernels.reference import Selection, Tokens
 from dejavu.kernels.triton import tuning
 from dejavu.kernels.triton.rows import matmul
 from dejavu.kernels.triton.tiles import begin, count_in, group_selected, selection_args, tickets
@@ -96,6 +97,7 @@ def _attend(
     q_ptr,
     k_ptr,
     v_ptr,
+    cache_rows_ptr,
     positions_ptr,
     idx_ptr,
     count_ptr,
@@ -122,17 +124,19 @@ def _attend(
     split = tl.program_id(0)
     group = tl.program_id(1)
     b = tl.program_id(2)
+    cache_row = tl.load(cache_rows_ptr + b)
     end = tl.load(positions_ptr + b) + 1
     start = 0
     if WINDOW is not None:
         start = tl.maximum(end - WINDOW, 0)
     first_split = start // CHUNK
     last_split = (end - 1) // CHUNK
-    if (split >= first_split) & (split <= last_split) & group_selected(idx_ptr, count_ptr, group, R, CAPACITY):
+    here = (cache_row >= 0) & (split >= first_split) & (split <= last_split)
+    if here & group_selected(idx_ptr, count_ptr, group, R, CAPACITY):
         d = tl.arange(0, DP)
         r = tl.arange(0, RP)
         pair = b * tl.num_programs(1) + group
-        cache = pair.to(tl.int64) * S * D
+        cache = (cache_row * tl.num_programs(1) + group).to(tl.int64) * S * D
         # The first tile starts at a multiple of BT, and so has a token to attend to.
         first = tl.maximum(split * CHUNK, start // BT * BT)
         last = tl.minimum((split + 1) * CHUNK, end)
@@ -169,7 +173,7 @@ def attend(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    positions: Tensor,
+    tokens: Tokens,
     heads: Selection = None,
     *,
     scale: float,
@@ -187,7 +191,8 @@ def attend(
         q,
         k_cache,
         v_cache,
-        positions,
+        tokens.rows,
+        tokens.positions,
         idx,
         count,
         q.new_empty(B, H, splits),

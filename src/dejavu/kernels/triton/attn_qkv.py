@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dejavu.kernels.quantized import Weight
-from dejavu.kernels.reference import Selection
+from dejavu.kernels.reference import Selection, Tokens
 from dejavu.kernels.triton import tuning
 from dejavu.kernels.triton.rows import FEW, PLANES, few_pending, project, project_few, project_many, row_args, spread
 from dejavu.kernels.triton.tiles import (
@@ -39,7 +39,8 @@ _COPY = 256
 @triton.jit
 def _finish(
     acc,
-    b,
+    n,
+    cache_row,
     token,
     live,
     group,
@@ -75,19 +76,19 @@ def _finish(
         acc = tl.where(part <= R, turned, acc)
     mask = live[:, None] & row_mask[None, :]
     if part < R:
-        query = (b * G + group) * R + part
+        query = (n * G + group) * R + part
         tl.store(q_ptr + query[:, None] * D + d[None, :], acc, mask=mask)
     else:
-        at = ((b * G + group).to(tl.int64) * S + token)[:, None] * D + d[None, :]
+        at = ((cache_row * G + group).to(tl.int64) * S + token)[:, None] * D + d[None, :]
         tl.store(tl.where(part == R, k_ptr, v_ptr) + at, acc.to(k_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _pending(token, newest, x_ptr, planes_ptr, hidden_ptr, P, C: tl.constexpr, PLANES: tl.constexpr):
+def _pending(token, newest, x_ptr, planes_ptr, ring_ptr, Q, C: tl.constexpr, PLANES: tl.constexpr):
     """The normalised input of a token of the only sequence. The newest is still in x: others write it to the ring."""
     if planes_ptr is not None:
         return planes_ptr + tl.maximum(newest - token, 0) * PLANES
-    source = tl.where(token >= newest, x_ptr, hidden_ptr + (token % P).to(tl.int64) * C)
+    source = tl.where(token >= newest, x_ptr, ring_ptr + (token % Q).to(tl.int64) * C)
     if C % 4 == 0:
         source = tl.multiple_of(source, 16)
     return source
@@ -116,12 +117,23 @@ def _selected(idx_ptr, count_ptr, groups, R: tl.constexpr, CAPACITY: tl.constexp
 
 
 @triton.jit
+def _count(read_ptr, count_ptr, selected, projected, G: tl.constexpr, R: tl.constexpr):
+    """Add to attn_read (3,): the heads read, the groups with one, and the groups projected. By one program alone."""
+    heads = G * R if count_ptr is None else tl.load(count_ptr)
+    groups = tl.arange(0, triton.next_power_of_2(G))
+    tl.store(read_ptr, tl.load(read_ptr) + heads)
+    tl.store(read_ptr + 1, tl.load(read_ptr + 1) + tl.sum((selected & (groups < G)).to(tl.int64), axis=0))
+    tl.store(read_ptr + 2, tl.load(read_ptr + 2) + projected)
+
+
+@triton.jit
 def _attn_qkv(
     x_ptr,
     planes_ptr,
     w_ptr,
     bias_ptr,
     cos_sin_ptr,
+    cache_rows_ptr,
     positions_ptr,
     k_ptr,
     v_ptr,
@@ -129,9 +141,10 @@ def _attn_qkv(
     count_ptr,
     hidden_ptr,
     kv_len_ptr,
+    read_ptr,
     q_ptr,
     S,
-    P,
+    Q,
     B: tl.constexpr,
     G: tl.constexpr,
     R: tl.constexpr,
@@ -157,17 +170,19 @@ def _attn_qkv(
         let_next_begin(PDL)
     tile = tl.program_id(0)
     item = tl.program_id(1)
-    b = tl.arange(0, BP)
-    positions = tl.load(positions_ptr + b, mask=b < B, other=0)
+    n = tl.arange(0, BP)
+    positions = tl.load(positions_ptr + n, mask=n < B, other=0)
+    cache_rows = tl.load(cache_rows_ptr + n, mask=n < B, other=-1)
     if hidden_ptr is not None:
         # The slot that a token takes in the ring is not pending, so no program reads it meanwhile.
         program = item * tl.num_programs(0) + tile
         for i in range(program * COPY, B * C, tl.num_programs(0) * tl.num_programs(1) * COPY):
             at = i + tl.arange(0, COPY)
-            row = at // C
-            slot = tl.load(positions_ptr + row, mask=row < B, other=0) % P
-            value = tl.load(x_ptr + at, mask=row < B, other=0.0)
-            tl.store(hidden_ptr + (row * P + slot) * C + at % C, value, mask=row < B)
+            of = at // C
+            into = tl.load(cache_rows_ptr + of, mask=of < B, other=-1)
+            slot = tl.load(positions_ptr + of, mask=of < B, other=0) % Q
+            value = tl.load(x_ptr + at, mask=of < B, other=0.0)
+            tl.store(hidden_ptr + (into * Q + slot).to(tl.int64) * C + at % C, value, mask=into >= 0)
 
     # Which part of which group. Lazy: what each selected head needs; else queries, then every group's key and value.
     if hidden_ptr is not None or item < CAPACITY:
@@ -189,7 +204,8 @@ def _attn_qkv(
                     if idx_ptr is not None:
                         before = tl.load(idx_ptr + before, mask=active & (slot > 0), other=-R)
                     active = active & ((slot == 0) | (before // R != group))
-                active = active & (tl.load(positions_ptr) == tl.load(kv_len_ptr + group))
+                known = tl.load(kv_len_ptr + tl.load(cache_rows_ptr) * G + group)
+                active = active & (tl.load(positions_ptr) == known)
     else:
         group = (item - CAPACITY) // 2
         part = R + (item - CAPACITY) % 2
@@ -199,9 +215,14 @@ def _attn_qkv(
         source = x_ptr if planes_ptr is None else planes_ptr
         acc = project(source, w_ptr, rows, row_mask, B, C, BITS, GROUP, VALUES, SCALES, ZERO, BP, BN, BC, SPLIT, STAGES)
         _finish(
-            acc, b, positions, b < B, group, part, tile, d, row_mask,
+            acc, n, cache_rows, positions, cache_rows >= 0, group, part, tile, d, row_mask,
             bias_ptr, cos_sin_ptr, q_ptr, k_ptr, v_ptr, S, G, R, D, BP, BN,
         )  # fmt: skip
+    if hidden_ptr is None:  # noqa: SIM102 - settled while compiling, as an `and` would not be
+        if read_ptr is not None:  # noqa: SIM102
+            if (tile == 0) & (item == 0):
+                groups = tl.arange(0, triton.next_power_of_2(G))
+                _count(read_ptr, count_ptr, _selected(idx_ptr, count_ptr, groups, R, CAPACITY), G, G, R)
 
 
 @triton.jit
@@ -211,6 +232,7 @@ def _attn_pending(
     w_ptr,
     bias_ptr,
     cos_sin_ptr,
+    cache_rows_ptr,
     positions_ptr,
     k_ptr,
     v_ptr,
@@ -218,9 +240,11 @@ def _attn_pending(
     count_ptr,
     hidden_ptr,
     kv_len_ptr,
+    read_ptr,
     ticket_ptr,
     q_ptr,
     S,
+    Q,
     P,
     B: tl.constexpr,
     G: tl.constexpr,
@@ -249,18 +273,27 @@ def _attn_pending(
     # Nothing that the launch before this one writes is read: what came before that one, it has waited for.
     b = tl.arange(0, BP)
     positions = tl.load(positions_ptr + b, mask=b < B, other=0)
+    cache_rows = tl.load(cache_rows_ptr + b, mask=b < B, other=-1)
+    # Of the tokens of a row the first in the step also sees to those that have waited.
+    first_of_row = cache_rows >= 0
+    newest_of_row = positions
+    if B > 1:
+        of_row = (cache_rows[:, None] == cache_rows[None, :]) & (b < B)[None, :]
+        newest_of_row = tl.max(tl.where(of_row, positions[None, :], 0), axis=1)
+        first_of_row = first_of_row & (tl.min(tl.where(of_row, b[None, :], B), axis=1) == b)
     groups = tl.arange(0, triton.next_power_of_2(G))
-    inside = (b < B)[:, None] & (groups < G)[None, :]
-    known = tl.load(kv_len_ptr + b[:, None] * G + groups[None, :], mask=inside, other=0)
-    pending = tl.where(inside, positions[:, None] + 1 - known, 0)
-    wanted = _selected(idx_ptr, count_ptr, groups, R, CAPACITY)[None, :] | (pending >= P)
+    inside = (cache_rows >= 0)[:, None] & (groups < G)[None, :]
+    known = tl.load(kv_len_ptr + cache_rows[:, None] * G + groups[None, :], mask=inside, other=0)
+    pending = tl.where(first_of_row[:, None], positions[:, None] + 1 - known, 1)
+    chosen = _selected(idx_ptr, count_ptr, groups, R, CAPACITY)
+    wanted = inside & (chosen[None, :] | (newest_of_row[:, None] + 1 - known >= P))
     pending = tl.where(wanted, tl.maximum(pending, 0), 0)
     total = tl.sum(pending, axis=0)
     chunks = tl.cdiv(total, SLOTS)
     if B == 1:
         chunks = tl.where(total <= FEW_PENDING, tl.cdiv(total, FEW), chunks)
         # A token that alone is pending in a selected head's group, the first launch sees to.
-        chunks = tl.where((total == 1) & _selected(idx_ptr, count_ptr, groups, R, CAPACITY), 0, chunks)
+        chunks = tl.where((total == 1) & chosen, 0, chunks)
     ends = tl.cumsum(chunks, axis=0)
     TILES: tl.constexpr = ((D + 1) // 2 + BN // 2 - 1) // (BN // 2)
     for item in range(tl.program_id(0), tl.max(ends, axis=0) * 2 * TILES, tl.num_programs(0)):
@@ -279,18 +312,20 @@ def _attn_pending(
         if few:
             start = tl.sum(first, axis=0) + chunk * FEW
             newest = tl.sum(positions, axis=0)
+            cache_row = tl.sum(cache_rows, axis=0)
+            ring_ptr = hidden_ptr + cache_row.to(tl.int64) * Q * C
             live = tl.minimum(n - chunk * FEW, FEW)
             acc = project_few(
-                _pending(start, newest, x_ptr, planes_ptr, hidden_ptr, P, C, PLANES),
-                _pending(start + 1, newest, x_ptr, planes_ptr, hidden_ptr, P, C, PLANES),
-                _pending(start + 2, newest, x_ptr, planes_ptr, hidden_ptr, P, C, PLANES),
-                _pending(start + 3, newest, x_ptr, planes_ptr, hidden_ptr, P, C, PLANES),
+                _pending(start, newest, x_ptr, planes_ptr, ring_ptr, Q, C, PLANES),
+                _pending(start + 1, newest, x_ptr, planes_ptr, ring_ptr, Q, C, PLANES),
+                _pending(start + 2, newest, x_ptr, planes_ptr, ring_ptr, Q, C, PLANES),
+                _pending(start + 3, newest, x_ptr, planes_ptr, ring_ptr, Q, C, PLANES),
                 live, w_ptr, rows, row_mask, C,
                 BITS, GROUP, VALUES, SCALES, ZERO, FEW, BN, BC, STAGES,
             )  # fmt: skip
             slot = tl.arange(0, FEW)
             _finish(
-                acc, slot * 0, start + slot, slot < live, group, part, tile, d, row_mask,
+                acc, slot * 0, slot * 0 + cache_row, start + slot, slot < live, group, part, tile, d, row_mask,
                 bias_ptr, cos_sin_ptr, q_ptr, k_ptr, v_ptr, S, G, R, D, FEW, BN,
             )  # fmt: skip
         else:
@@ -300,11 +335,12 @@ def _attn_pending(
             slot_b = tl.sum((place[:, None] >= row_ends[None, :]).to(tl.int32), axis=1)
             ours = slot_b[:, None] == b[None, :]
             token = place + tl.sum(tl.where(ours, (first - (row_ends - row_n))[None, :], 0), axis=1)
-            # The newest token is still in x: other programs are writing it to the ring.
+            slot_row = tl.sum(tl.where(ours, cache_rows[None, :], 0), axis=1)
+            # The step's own tokens are still in x: other programs are writing them to the ring.
             source = tl.where(
                 token == tl.sum(tl.where(ours, positions[None, :], 0), axis=1),
                 x_ptr + slot_b * C,
-                hidden_ptr + (slot_b * P + token % P).to(tl.int64) * C,
+                hidden_ptr + (slot_row * Q + token % Q).to(tl.int64) * C,
             )
             if C % 4 == 0:
                 source = tl.multiple_of(source, 16)
@@ -313,14 +349,17 @@ def _attn_pending(
                 BITS, GROUP, VALUES, SCALES, ZERO, SLOTS, BN, SLOT_BC, SPLIT, STAGES,
             )  # fmt: skip
             _finish(
-                sums, slot_b, token, there, group, part, tile, d, row_mask,
+                sums, slot_b, slot_row, token, there, group, part, tile, d, row_mask,
                 bias_ptr, cos_sin_ptr, q_ptr, k_ptr, v_ptr, S, G, R, D, SLOTS, BN,
             )  # fmt: skip
     # Whoever waits for this launch waits for the one before it, whose programs read kv_len too.
     begin(PDL)
     if count_in(ticket_ptr, tl.num_programs(0)):
-        at = b[:, None] * G + groups[None, :]
-        tl.store(kv_len_ptr + at, positions[:, None] + tl.zeros_like(at) + 1, mask=pending > 0)
+        at = cache_rows[:, None] * G + groups[None, :]
+        newest = (positions == newest_of_row)[:, None]
+        tl.store(kv_len_ptr + at, positions[:, None] + tl.zeros_like(at) + 1, mask=(pending > 0) & newest)
+        if read_ptr is not None:
+            _count(read_ptr, count_ptr, chosen, tl.sum((total > 0).to(tl.int64), axis=0), G, R)
 
 
 def attn_qkv(
@@ -328,24 +367,26 @@ def attn_qkv(
     blocks: Weight,
     bias: Tensor | None,
     cos_sin: Tensor | None,
-    positions: Tensor,
+    tokens: Tokens,
     k_cache: Tensor,
     v_cache: Tensor,
     heads: Selection = None,
     *,
     hidden: Tensor | None = None,
     kv_len: Tensor | None = None,
+    pending: int = 0,
+    attn_read: Tensor | None = None,
 ) -> Tensor:
     """See reference.attn_qkv."""
     (B, C), (G, parts, D, _) = x.shape, blocks.shape
     r = (parts - 2) // 2
     data, form = row_args(blocks)
     idx, count, capacity = selection_args(heads, G * r)
-    planes = spread(x, form, hidden, positions)
+    planes = spread(x, form, hidden, tokens)
     q = torch.empty(B, G * r, D, dtype=torch.float32, device=x.device)
-    sources = (x, None if planes is x else planes, data, bias, cos_sin, positions)
+    sources = (x, None if planes is x else planes, data, bias, cos_sin, tokens.rows, tokens.positions)
     sizes = {"B": B, "G": G, "R": r, "D": D, "C": C, "CAPACITY": capacity, "BP": padded_batch(B)}
-    sizes |= {"S": k_cache.shape[2], "P": 0 if hidden is None else hidden.shape[1]} | form | tuning.overlap()
+    sizes |= {"S": k_cache.shape[2], "Q": 0 if hidden is None else hidden.shape[1]} | form | tuning.overlap()
 
     def tiles_of(rows: int) -> int:
         return triton.cdiv((D + 1) // 2, rows // 2)
@@ -353,7 +394,7 @@ def attn_qkv(
     tiles = tuning.pick("attn_qkv", B, form["BITS"])
     items = capacity + 2 * G if hidden is None else 3 * capacity if B == 1 else capacity
     _attn_qkv[(tiles_of(tiles["BN"]), items)](
-        *sources, k_cache, v_cache, idx, count, hidden, kv_len, q, COPY=_COPY, **sizes, **tiles
+        *sources, k_cache, v_cache, idx, count, hidden, kv_len, attn_read, q, COPY=_COPY, **sizes, **tiles
     )
     if hidden is not None:
         tiles = tuning.pick("attn_pending", B, form["BITS"])
@@ -365,8 +406,10 @@ def attn_qkv(
             count,
             hidden,
             kv_len,
+            attn_read,
             tickets("attn_pending", 1, x.device),
             q,
+            P=pending,
             FEW=FEW,
             FEW_PENDING=few_pending(form),
             PLANES=PLANES * 2 * form["VALUES"] // 8,

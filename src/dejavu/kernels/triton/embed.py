@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dejavu.kernels.quantized import Weight
+from dejavu.kernels.reference import Tokens
 from dejavu.kernels.triton import tuning
 from dejavu.kernels.triton.rows import row_args, values
 from dejavu.kernels.triton.tiles import begin
@@ -44,18 +45,18 @@ def _gather(
 
 
 def _launch(ids: Tensor, table: Weight, x: Tensor, offset: int, add: bool) -> None:
-    (B, C), (data, form) = x.shape, row_args(table)
-    grid = (triton.cdiv(C, _BLOCK), B)
+    (N, C), (data, form) = x.shape, row_args(table)
+    grid = (triton.cdiv(C, _BLOCK), N)
     _gather[grid](ids, data, x, offset, C=C, ADD=add, BC=_BLOCK, **form, **tuning.overlap())
 
 
-def embed(ids: Tensor, table: Weight) -> Tensor:
+def embed(tokens: Tokens, table: Weight) -> Tensor:
     """See reference.embed."""
-    x = torch.empty(ids.shape[0], table.shape[1], dtype=torch.float32, device=table.device)
-    _launch(ids, table, x, 0, add=False)
+    x = torch.empty(tokens.ids.shape[0], table.shape[1], dtype=torch.float32, device=table.device)
+    _launch(tokens.ids, table, x, 0, add=False)
     return x
 
 
-def add_positions(x: Tensor, positions: Tensor, table: Tensor, offset: int) -> None:
+def add_positions(x: Tensor, tokens: Tokens, table: Tensor, offset: int) -> None:
     """See reference.add_positions."""
-    _launch(positions, table, x, offset, add=True)
+    _launch(tokens.positions, table, x, offset, add=True)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dejavu.kernels.quantized import Weight
+from dejavu.kernels.reference import Tokens
 from dejavu.kernels.triton import tuning
 from dejavu.kernels.triton.rows import project, row_args, spread
 from dejavu.kernels.triton.tiles import begin, padded_batch
@@ -48,7 +49,7 @@ def _linear(
         tl.store(y_ptr + b[:, None] * N + n[None, :], y, mask=(b < B)[:, None] & (n < N)[None, :])
 
 
-def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, tokens: Tokens | None = None) -> Tensor:
     """See reference.linear."""
     (B, C), N = x.shape, weight.shape[0]
     data, form = row_args(weight)

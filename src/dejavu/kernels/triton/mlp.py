@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dejavu.kernels.quantized import Weight
-from dejavu.kernels.reference import Selection
+from dejavu.kernels.reference import Selection, Tokens
 from dejavu.kernels.triton import tuning
 from dejavu.kernels.triton.rows import project, row_args, spread
 from dejavu.kernels.triton.sum_rows import sum_rows
@@ -42,6 +42,7 @@ def _mlp_in(
     bias_ptr,
     idx_ptr,
     count_ptr,
+    cache_rows_ptr,
     rows_read_ptr,
     h_ptr,
     CAPACITY,
@@ -52,7 +53,7 @@ def _mlp_in(
     ACTIVATION: tl.constexpr,
     THRESHOLD: tl.constexpr,
     ACTIVATE_UP: tl.constexpr,
-    EXACT: tl.constexpr,
+    SKIP_ZEROS: tl.constexpr,
     STRIDE: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -68,6 +69,9 @@ def _mlp_in(
 ):
     begin(PDL)
     b = tl.arange(0, BP)
+    real = b < B
+    if cache_rows_ptr is not None:
+        real = tl.load(cache_rows_ptr + b, mask=b < B, other=-1) >= 0
     total = tl.minimum(CAPACITY, CAPACITY if count_ptr is None else tl.load(count_ptr))
     up_rows = tl.zeros((), tl.int64)
     for tile in range(tl.program_id(0), tl.cdiv(total, BN), tl.num_programs(0)):
@@ -79,9 +83,9 @@ def _mlp_in(
         if bias_ptr is not None:
             h += tl.load(bias_ptr + neuron * (PARTS - 1), mask=live, other=0.0)[None, :]
         mask = (b < B)[:, None] & live[None, :]
-        h = tl.where(mask, _activate(h, ACTIVATION, THRESHOLD), 0.0)
+        h = tl.where(real[:, None] & live[None, :], _activate(h, ACTIVATION, THRESHOLD), 0.0)
         if PARTS == 3:
-            if EXACT:
+            if SKIP_ZEROS:
                 live = live & (tl.max((h != 0).to(tl.int32), axis=0) > 0)
             opened = tl.sum(live.to(tl.int64), axis=0)
             up_rows += opened
@@ -94,7 +98,7 @@ def _mlp_in(
                     up += tl.load(bias_ptr + neuron * 2 + 1, mask=live, other=0.0)[None, :]
                 if ACTIVATE_UP:
                     up = _activate(up, ACTIVATION, THRESHOLD)
-                h *= up
+                h = tl.where(real[:, None], h * up, 0.0)
         tl.store(h_ptr + b[:, None] * N + neuron[None, :], h, mask=mask)
     if rows_read_ptr is not None:
         if tl.program_id(0) == 0:
@@ -108,11 +112,12 @@ def mlp(
     rows: Weight,
     bias: Tensor | None,
     neurons: Selection = None,
+    tokens: Tokens | None = None,
     *,
     activation: str,
     threshold: float = 0.0,
     activate_up: bool = False,
-    exact: bool = False,
+    skip_zeros: bool = False,
     rows_read: Tensor | None = None,
 ) -> Tensor:
     """See reference.mlp."""
@@ -127,6 +132,7 @@ def mlp(
         bias,
         idx,
         count,
+        None if tokens is None or B == 1 else tokens.rows,
         rows_read,
         h,
         capacity,
@@ -137,7 +143,7 @@ def mlp(
         ACTIVATION=activation,
         THRESHOLD=threshold,
         ACTIVATE_UP=activate_up,
-        EXACT=exact,
+        SKIP_ZEROS=skip_zeros,
         BP=padded_batch(B),
         **form,
         **tiles,
@@ -150,6 +156,6 @@ def mlp(
         neurons,
         group_rows=parts,
         first=parts - 1,
-        exact=exact,
+        skip_zeros=skip_zeros,
         rows_read=None if rows_read is None else rows_read[parts - 1 :],
     )

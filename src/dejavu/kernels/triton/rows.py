@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dejavu.errors import KernelUnavailable
 from dejavu.kernels.quantized import LINE, Quantized
+from dejavu.kernels.reference import Tokens
 from dejavu.kernels.triton import tuning
 from dejavu.kernels.triton.tiles import begin
 
@@ -121,9 +122,10 @@ def level(words, BYTE: tl.constexpr, HALF: tl.constexpr):
 def _spread(
     x_ptr,
     hidden_ptr,
+    cache_rows_ptr,
     positions_ptr,
     planes_ptr,
-    P,
+    Q,
     C: tl.constexpr,
     WORDS: tl.constexpr,
     PLANES: tl.constexpr,
@@ -137,7 +139,7 @@ def _spread(
     if hidden_ptr is not None:  # noqa: SIM102 - settled while compiling, as an `and` would not be
         if back > 0:
             token = tl.maximum(tl.load(positions_ptr) - back, 0)
-            source = hidden_ptr + (token % P).to(tl.int64) * C
+            source = hidden_ptr + (tl.load(cache_rows_ptr) * Q + token % Q).to(tl.int64) * C
     col = word // 8 * _LINE + word % 8 * 4
     out = planes_ptr + back * PLANES * WORDS + word
     low_sum = tl.zeros((BLOCK,), tl.float32)
@@ -158,13 +160,13 @@ def few_pending(form: dict[str, int]) -> int:
     return 64 if form["BITS"] == 4 else 8
 
 
-def spread(x: Tensor, form: dict[str, int], hidden: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+def spread(x: Tensor, form: dict[str, int], hidden: Tensor | None = None, tokens: Tokens | None = None) -> Tensor:
     """Activations as a batch of one meets words of 4-bit levels; x itself for other rows and batches.
 
     Args:
         x: (1, C) float32.
         form: the constants of row_args.
-        hidden, positions: the ring of lazy keys and values, for the tokens before x's too.
+        hidden, tokens: the ring of lazy keys and values, for the tokens before x's too.
     Returns: (1 or few_pending, PLANES, C / 8) float32, the newest token first: for each word, of byte 0 to 3 the
         activations of its low and its high half, then the sums over the low and the high ones.
     """
@@ -172,9 +174,9 @@ def spread(x: Tensor, form: dict[str, int], hidden: Tensor | None = None, positi
         return x
     words, rows = 2 * form["VALUES"] // 8, 1 if hidden is None else few_pending(form)
     planes = x.new_empty(rows, PLANES, words)
-    P = 0 if hidden is None else hidden.shape[1]
+    places = (None, None, 0) if hidden is None else (tokens.rows, tokens.positions, hidden.shape[1])
     sizes = {"C": x.shape[1], "WORDS": words, "PLANES": PLANES, "BLOCK": _BLOCK}
-    _spread[(triton.cdiv(words, _BLOCK), rows)](x, hidden, positions, planes, P, **sizes, **tuning.overlap())
+    _spread[(triton.cdiv(words, _BLOCK), rows)](x, hidden, *places[:2], planes, places[2], **sizes, **tuning.overlap())
     return planes
 
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dejavu.kernels.reference import Tokens
 from dejavu.kernels.triton import tuning
 from dejavu.kernels.triton.tiles import begin, count_in, tickets
 
@@ -72,6 +73,7 @@ def _write(
 @triton.jit
 def _rank(
     scores_ptr,
+    cache_rows_ptr,
     threshold,
     most,
     keys_ptr,
@@ -101,9 +103,15 @@ def _rank(
     unit = block * BLOCK + tl.arange(0, BLOCK)
     score = tl.load(scores_ptr + unit, mask=unit < N, other=0.0)
     for b in range(1, JOINED):
-        score = tl.maximum(score, tl.load(scores_ptr + b * N + unit, mask=unit < N, other=0.0))
+        other = tl.load(scores_ptr + b * N + unit, mask=unit < N, other=0.0)
+        if cache_rows_ptr is not None:
+            other = tl.where(tl.load(cache_rows_ptr + b) >= 0, other, -float("inf"))
+        score = tl.maximum(score, other)
     key = _order(score)
     floor = _order(threshold)
+    if cache_rows_ptr is not None:
+        # Padding chooses nothing: below every floor. Of joined rows the first is real.
+        key = tl.where(tl.load(cache_rows_ptr + row) >= 0, key, -(2**31))
     tl.store(keys_ptr + unit, key, mask=unit < N)
     tl.store(above_ptr + block, tl.sum(((key >= floor) & (unit < N)).to(tl.int32), axis=0))
     tl.store(ties_ptr + block, 0)
@@ -192,7 +200,9 @@ def _compact(
     _write(tl.program_id(0), keys_ptr, meta_ptr, above_ptr, ties_ptr, idx_ptr, count_ptr, N, BLOCK, BLOCKS)
 
 
-def _select(scores: Tensor, rows: int, threshold: float, most: int, capacity: int) -> tuple[Tensor, Tensor]:
+def _select(
+    scores: Tensor, rows: int, threshold: float, most: int, capacity: int, tokens: Tokens | None
+) -> tuple[Tensor, Tensor]:
     """Select, for each of `rows` rows of choices, the `most` best that reach the threshold; unite the rows."""
     B, N = scores.shape
     blocks = triton.cdiv(N, _BLOCK)
@@ -206,6 +216,7 @@ def _select(scores: Tensor, rows: int, threshold: float, most: int, capacity: in
     keys, meta, above, ties = ints(rows, N), ints(rows, 2), ints(rows, blocks), ints(rows, blocks)
     _rank[(blocks, rows)](
         scores,
+        None if tokens is None or B == 1 else tokens.rows,
         threshold,
         most,
         keys,
@@ -231,12 +242,14 @@ def _select(scores: Tensor, rows: int, threshold: float, most: int, capacity: in
     return idx, count
 
 
-def select_threshold(scores: Tensor, threshold: float, capacity: int) -> tuple[Tensor, Tensor]:
+def select_threshold(
+    scores: Tensor, threshold: float, capacity: int, tokens: Tokens | None = None
+) -> tuple[Tensor, Tensor]:
     """See reference.select_threshold."""
-    return _select(scores, 1, float(threshold), capacity, capacity)
+    return _select(scores, 1, float(threshold), capacity, capacity, tokens)
 
 
-def select_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def select_topk(scores: Tensor, k: int, tokens: Tokens | None = None) -> tuple[Tensor, Tensor]:
     """See reference.select_topk."""
     B, N = scores.shape
-    return _select(scores, B, -math.inf, k, min(B * k, N))
+    return _select(scores, B, -math.inf, k, min(B * k, N), tokens)

@@ -1,8 +1,8 @@
 """Weighted sums of weight rows as partial sums: the output projection of attention and the last rows of an MLP.
 
 A program owns a block of columns and one of S equal slices of the rows, so that few rows still keep many programs
-busy. With `exact` it reads only the rows whose coefficients are not all zero: out of everything it first lists those of
-its slice, in order; in a selection most rows are needed, and those that are not are skipped where they stand.
+busy. With `skip_zeros` it reads only the rows whose coefficients are not all zero: out of everything it first lists
+those of its slice, in order; in a selection most rows are needed, and those that are not are skipped where they stand.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dejavu.kernels.quantized import Weight
-from dejavu.kernels.reference import Selection
+from dejavu.kernels.reference import Selection, Tokens
 from dejavu.kernels.triton import tuning
 from dejavu.kernels.triton.rows import (
     group_scales,
@@ -92,7 +92,7 @@ def _sum_rows(
     R: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
     FIRST: tl.constexpr,
-    EXACT: tl.constexpr,
+    SKIP_ZEROS: tl.constexpr,
     STRIDE: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -135,7 +135,7 @@ def _sum_rows(
         else:
             ids = tl.load(list_ptr + at, mask=live, other=0)
         coef = tl.load(coef_ptr + b[:, None] * N + ids[None, :], mask=(b < B)[:, None] & live[None, :], other=0.0)
-        if EXACT and list_ptr is None:
+        if SKIP_ZEROS and list_ptr is None:
             live = live & (tl.max((coef != 0).to(tl.int32), axis=0) > 0)
         if rows_read_ptr is not None:
             rows_read += tl.sum(live.to(tl.int64), axis=0)
@@ -212,7 +212,7 @@ def sum_rows(
     units_per_group: int = 1,
     group_rows: int,
     first: int,
-    exact: bool = False,
+    skip_zeros: bool = False,
     rows_read: Tensor | None = None,
 ) -> Tensor:
     """`sum_i coef[b, i] * row_i` over the rows of the selected units.
@@ -225,7 +225,7 @@ def sum_rows(
         coef: (B, N) float32; not read where not selected.
         weights: rows of C, contiguous.
         selection: over the N / unit units.
-        exact: never read a row whose coefficients are all zero.
+        skip_zeros: never read a row whose coefficients are all zero.
         rows_read: (1,) int64, mutated: the rows read are added.
     Returns: partials (S, B, C) float32.
     """
@@ -236,12 +236,15 @@ def sum_rows(
     slices = max(1, tiles.pop("SPLITS") // blocks)
     idx, count, capacity = selection_args(selection, N // unit)
     out = coef.new_empty(slices, B, C)
+    listed = None
+    if skip_zeros and idx is None:
+        listed = torch.empty(blocks, capacity * unit, dtype=torch.int32, device=coef.device)
     _sum_rows[(blocks, slices)](
         coef,
         data,
         idx,
         count,
-        torch.empty(blocks, capacity * unit, dtype=torch.int32, device=coef.device) if exact and idx is None else None,
+        listed,
         rows_read,
         out,
         N,
@@ -252,7 +255,7 @@ def sum_rows(
         R=units_per_group,
         GROUP_ROWS=group_rows,
         FIRST=first,
-        EXACT=exact,
+        SKIP_ZEROS=skip_zeros,
         BP=padded_batch(B),
         LISTED=_LISTED,
         **form,
@@ -262,7 +265,7 @@ def sum_rows(
     return out
 
 
-def attn_out(o: Tensor, blocks: Weight, heads: Selection = None) -> Tensor:
+def attn_out(o: Tensor, blocks: Weight, heads: Selection = None, tokens: Tokens | None = None) -> Tensor:
     """See reference.attn_out."""
     _, parts, D, _ = blocks.shape
     r = (parts - 2) // 2
