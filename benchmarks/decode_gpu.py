@@ -6,7 +6,8 @@
 Takes eight minutes at most (--limit-s): what there is no time or memory for is named, not started. Needs torch, triton,
 transformers and this checkout, no network; matplotlib for the figures. Writes OUT/decode_gpu.jsonl and figures.
 
-Each of our steps is one CUDA graph, the choice of the next token included. The sparse step is led by a low-rank
+Our step is the engine's own, DecodeStep.greedy: one CUDA graph with the choice of the next token, whose result the host
+awaits while the next step runs. The sparse step is led by a low-rank
 predictor of random weights with look-ahead, by thresholds as a fitted pack's, so its time holds a predictor's cost, at
 about the densities asked for; what was read is counted, and every selected neuron is active, so that both its rows are
 read. "sparse, in line" runs the predictor in the main stream, "sparse, fixed sets" has none. Random weights show speed,
@@ -21,7 +22,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
@@ -37,7 +38,7 @@ from dejavu.bench.timing import percentiles_ms
 from dejavu.checkpoint.layout import Quantization
 from dejavu.config import SelectionConfig
 from dejavu.engine.bytes import step_bytes
-from dejavu.engine.step import Watched
+from dejavu.engine.step import DecodeStep
 from dejavu.errors import DejavuError
 from dejavu.kernels import backend
 from dejavu.kernels.quantized import RowFormat
@@ -88,82 +89,60 @@ class Subject:
         ]
         return make_selector(self.selection, c, self.decoder.weights, self.ops, importance=importance)
 
-    @torch.inference_mode()
     def measure(self, mode: str, prompts: tuple[int, ...], batch: int = 1) -> Iterator[tuple[int, dict]]:
-        """Times and bytes read of a mode, after each prompt length: one graph serves them all."""
-        c, d, device, new = self.config, self.decoder, self.args.device, self.args.new
-        sparse = mode.startswith("sparse")
-        lazy = sparse and self.lazy
+        """Times and bytes read of a mode, after each prompt length: one step serves them all."""
+        d, new = self.decoder, self.args.new
+        lazy = mode.startswith("sparse") and self.lazy
         cache = d.new_cache(batch, max(prompts) + new + 8, self.selection.pending if lazy else None)
-        selector = Watched(self._selector(mode), d, cache) if sparse else None
-        shapes.fill_noise([(cache.k, 1.0), (cache.v, 1.0)], self.args.seed)
-        if lazy:
-            shapes.fill_noise([(cache.hidden, 1.0)], self.args.seed)
+        noise = [cache.k, cache.v, *([cache.hidden] if lazy else [])]
+        shapes.fill_noise([(tensor, 1.0) for tensor in noise], self.args.seed)
         # A perfect predictor's neurons are all active; without one, the share that the model has.
-        share = 6.0 if sparse else NormalDist().inv_cdf(self.args.mlp_density)
+        share = 6.0 if mode.startswith("sparse") else NormalDist().inv_cdf(self.args.mlp_density)
         for layer in d.weights.layers:
             layer.mlp.in_bias.fill_(share)
-        ids, positions = torch.zeros(2, batch, dtype=torch.int32, device=device)
-        ids += torch.arange(batch, dtype=torch.int32, device=device)
-        rows_read = torch.zeros(c.num_hidden_layers, 2, dtype=torch.int64, device=device)
-
-        def step() -> None:
-            if sparse:
-                selector.start()
-            logits = d.step(
-                ids, positions, cache, mode="sparse" if sparse else mode, selector=selector, rows_read=rows_read
-            )
-            ids.copy_(logits.argmax(1))
-            positions.add_(1)
-            if sparse:
-                selector.count()
-
-        def start(prompt: int) -> None:
-            positions.fill_(prompt)
-            if lazy:
-                cache.kv_len.fill_(prompt)
-
         with self.ops.sequential() if mode == "sparse, in line" else nullcontext():
-            start(min(prompts))
-            if self.ops.can_record:
-                run = self.ops.record(step).replay
-            else:
-                run = step
-                step()  # compiles the kernels
-        for prompt in prompts:
-            start(prompt)
-            run()
-            rows_read.zero_()
-            if sparse:
-                selector.reset()
-            seconds = times(run, new, device)
-            read = rows_read.cpu() / new
-            attn_read = selector.attn_read / new if sparse else None
-            parts = step_bytes(
-                c,
-                d.weights,
-                attended=prompt + new / 2,
-                batch=batch,
-                rows_read=read,
-                attn_read=attn_read,
-            )
-            if mode in ("sparse", "sparse, in line"):
-                parts["predictor"] = float(self.predictor.nbytes)
-            yield (
-                prompt,
-                {
-                    **percentiles_ms(seconds),
-                    "bytes_per_token": parts,
-                    **self._densities(read, None if attn_read is None else attn_read[0]),
-                },
-            )
+            kind, selector = ("sparse", self._selector(mode)) if mode.startswith("sparse") else (mode, None)
+            step = DecodeStep(d, cache, batch, kind, selector)
+            for prompt in prompts:
+                yield prompt, self._time(step, prompt, mode)
 
-    def _densities(self, read: torch.Tensor, heads: torch.Tensor | None) -> dict[str, float]:
+    def _time(self, step: DecodeStep, prompt: int, mode: str) -> dict:
+        """As `DecodeStep.greedy` generates, behind keys and values that stand for a prompt."""
+        c, cache, counts, new = self.config, step.cache, step.counts, self.args.new
+        for row in range(step.size):
+            cache.truncate(row, 0)
+            cache.append(row, [0] * prompt)
+        if cache.kv_len is not None:
+            cache.kv_len.fill_(prompt)
+        seconds = []
+        with closing(step.greedy(list(range(step.size)), list(range(step.size)))) as chosen:
+            next(chosen), next(chosen)  # the first captures; the step after the one that is awaited runs already
+            began = monotonic()
+            before = counts.rows_read.cpu(), counts.attn_read.cpu(), counts.steps
+            for _ in range(new):
+                next(chosen)
+                ended = monotonic()
+                seconds.append(ended - began)
+                began = ended
+        steps = counts.steps - before[2]
+        read, attn_read = (counts.rows_read.cpu() - before[0]) / steps, (counts.attn_read.cpu() - before[1]) / steps
+        parts = step_bytes(
+            c,
+            self.decoder.weights,
+            attended=prompt + new / 2,
+            batch=step.size,
+            rows_read=read,
+            attn_read=attn_read,
+            predictor_bytes=self.predictor.nbytes if mode in ("sparse", "sparse, in line") else 0,
+        )
+        return {**percentiles_ms(seconds), "bytes_per_token": parts, **self._densities(read, attn_read[:, 0])}
+
+    def _densities(self, read: torch.Tensor, heads: torch.Tensor) -> dict[str, float]:
         inter, every = self.config.intermediate_size, self.config.num_attention_heads
         return {
             "mlp_density": (read[:, 0].mean() / inter).item(),
             "mlp_out_density": (read[:, 1].mean() / inter).item(),
-            "attn_density": 1.0 if heads is None else (heads.mean() / every).item(),
+            "attn_density": (heads.mean() / every).item(),
         }
 
 

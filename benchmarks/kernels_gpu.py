@@ -30,6 +30,7 @@ from dejavu.bench.bandwidth import read_bandwidth
 from dejavu.bench.timing import percentiles_ms
 from dejavu.errors import ConfigError, DejavuError
 from dejavu.kernels import backend
+from dejavu.kernels.reference import Tokens
 from dejavu.kernels.triton import tuning
 
 SHAPES = ("opt-6.7b", "opt-30b", "opt-66b")
@@ -74,7 +75,7 @@ def mlp_rows(ops, C: int, inter: int) -> Iterator[Named]:
         return torch.relu(x @ rows[:, 0].float().T) @ rows[:, 1].float()
 
     def call(rows: Tensor, neurons, bias=None, exact=False):
-        return lambda: ops.mlp(x, rows, bias, neurons, activation="relu", exact=exact)
+        return lambda: ops.mlp(x, rows, bias, neurons, activation="relu", skip_zeros=exact)
 
     def ours(density: float) -> Row:
         chosen = [None if density == 1 else pick(inter, density) for _ in range(CALLS)]
@@ -116,7 +117,7 @@ def attention_rows(ops, C: int, H: int, D: int) -> Iterator[Named]:
     caches = [torch.randn(2, 1, H, S, D, dtype=DTYPE, device="cuda") for _ in range(COPIES)]
     x, hidden = torch.randn(1, C, device="cuda"), torch.randn(1, P, C, device="cuda")
     part_bytes = D * C * DTYPE.itemsize
-    position = torch.full((1,), S - 1, dtype=torch.int32, device="cuda")
+    token = Tokens.one_a_row(torch.full((1,), S - 1, dtype=torch.int32, device="cuda"))
 
     def choose(density: float) -> list:
         return [None if density == 1 else pick(H, density) for _ in range(CALLS)]
@@ -130,10 +131,10 @@ def attention_rows(ops, C: int, H: int, D: int) -> Iterator[Named]:
         kv_len = torch.empty(1, H, dtype=torch.int32, device="cuda")
 
         def call(i: int):
-            lazy = {"hidden": hidden, "kv_len": kv_len} if pending else {}
+            lazy = {"hidden": hidden, "kv_len": kv_len, "pending": P} if pending else {}
             if pending:
                 kv_len.fill_(S - pending)  # a launch of its own, inside the time
-            return ops.attn_qkv(x, layers[i % COPIES], None, None, position, *caches[i % COPIES], chosen[i], **lazy)
+            return ops.attn_qkv(x, layers[i % COPIES], None, None, token, *caches[i % COPIES], chosen[i], **lazy)
 
         def check() -> float:
             heads = slice(None) if chosen[0] is None else chosen[0][0].long()
@@ -155,7 +156,7 @@ def attention_rows(ops, C: int, H: int, D: int) -> Iterator[Named]:
 
     def attend(context: int) -> Row:
         q, chosen = torch.randn(1, H, D, device="cuda"), choose(0.42)
-        at = torch.full((1,), context - 1, dtype=torch.int32, device="cuda")
+        at = Tokens.one_a_row(torch.full((1,), context - 1, dtype=torch.int32, device="cuda"))
         calls = [lambda i=i, s=s: ops.attend(q, *caches[i % COPIES], at, s, scale=0.1) for i, s in enumerate(chosen)]
 
         def check() -> float:

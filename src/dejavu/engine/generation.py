@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from statistics import median
 from time import perf_counter
@@ -115,17 +116,30 @@ class Batch:
                 yield self._chunk(index, text, logprob)
             window = self._decoder.config.sliding_window or cache.capacity
             while live := [index for index, row in enumerate(self._rows) if row.finish_reason is None]:
-                began = perf_counter()
                 rows = [taken[index] for index in live]
-                logits = self._steps.run([self._rows[index].token_ids[-1] for index in live], rows, self._size)
-                chosen = [self._rows[index].take(row) for index, row in zip(live, logits, strict=True)]
-                self._step_s.append(perf_counter() - began)
-                self._attended += sum(min(cache.length(row), window) for row in rows)
-                for index, (text, logprob) in zip(live, chosen, strict=True):
-                    yield self._chunk(index, text, logprob)
+                with closing(self._taken(live, rows)) as steps:
+                    began = perf_counter()
+                    for said in steps:
+                        self._step_s.append(perf_counter() - began)
+                        self._attended += sum(min(cache.length(row), window) for row in rows)
+                        for index, (text, logprob) in zip(live, said, strict=True):
+                            yield self._chunk(index, text, logprob)
+                        if any(self._rows[index].finish_reason for index in live):
+                            break
+                        began = perf_counter()
         finally:
             for row in taken:
                 cache.release(row)
+
+    def _taken(self, live: list[int], rows: list[int]) -> Iterator[list[tuple[str, TokenLogprob | None]]]:
+        """What rows say step by step, as `_Row.take` returns it."""
+        texts = [self._rows[index] for index in live]
+        if all(text.greedy for text in texts):
+            for chosen in self._steps.step(self._size).greedy([text.token_ids[-1] for text in texts], rows):
+                yield [text.accept(token) for text, token in zip(texts, chosen, strict=True)]
+        while True:
+            logits = self._steps.run([text.token_ids[-1] for text in texts], rows, self._size)
+            yield [text.take(of_row) for text, of_row in zip(texts, logits, strict=True)]
 
     def _chunk(self, index: int, text: str, logprob: TokenLogprob | None) -> Chunk:
         row = self._rows[index]
@@ -141,7 +155,7 @@ class Batch:
             return Stats(
                 **times, decode_tok_per_s=None, step_ms_p50=None, step_bytes=None, mlp_density=None, attn_density=None
             )
-        read, attn_read = counts.rows_read.cpu() / steps, counts.attn_read.cpu() / steps
+        read, attn_read = counts.rows_read.cpu() / counts.steps, counts.attn_read.cpu() / counts.steps
         return Stats(
             **times,
             decode_tok_per_s=(len(row.token_ids) - 1) / decode_s,
@@ -150,7 +164,7 @@ class Batch:
                 config,
                 self._decoder.weights,
                 attended=self._attended / counts.tokens,
-                batch=counts.tokens / steps,
+                batch=counts.tokens / counts.steps,
                 rows_read=read,
                 attn_read=attn_read,
                 predictor_bytes=self._steps.predictor_bytes(self._size),
@@ -171,6 +185,7 @@ class _Row:
         # The last token is never read, so it needs no place in the context.
         self._limit = min(params.max_new_tokens, config.context - len(prompt_ids) + 1)
         self._eos = frozenset() if params.ignore_eos else tokenizer.eos_ids
+        self.greedy = params.temperature == 0 and params.repetition_penalty == 1 and params.logprobs is None
         self._sampler = Sampler(params, prompt_ids, config.vocab_size)
         self._detokenizer = Detokenizer(tokenizer.decode, prompt_ids)
         self._scanner = StopScanner(params.stop)
@@ -180,7 +195,10 @@ class _Row:
 
     def take(self, logits: Tensor) -> tuple[str, TokenLogprob | None]:
         """Choose a token from logits (V,); returns the text that it settles and its log-probabilities."""
-        token, logprob = self._sampler(logits)
+        return self.accept(*self._sampler(logits))
+
+    def accept(self, token: int, logprob: TokenLogprob | None = None) -> tuple[str, TokenLogprob | None]:
+        """As `take`, of a token that is chosen."""
         self.token_ids.append(token)
         if logprob is not None:
             self._logprobs.append(logprob)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -54,6 +54,7 @@ class DecodeStep:
         # On a GPU the step reads copies of them there.
         self._inputs = Tokens(*(tensor.to(decoder.device) for tensor in self._host))
         self._recording: Recording | None = None
+        self._greedy: Recording | None = None
         if captured and can_capture(decoder, selector):
             self._capture()
 
@@ -71,9 +72,7 @@ class DecodeStep:
         self._put(ids, rows)
         if self._selector is not None:
             self._selector.advance()
-        for host, theirs in zip(self._host, self._inputs, strict=True):
-            if host is not theirs:
-                theirs.copy_(host)
+        self._feed()
         if self._recording is not None:
             self._recording.replay()
             logits = self._logits
@@ -89,6 +88,69 @@ class DecodeStep:
         self.counts.steps += 1
         self.counts.tokens += n
         return logits
+
+    def greedy(self, ids: Sequence[int], rows: Sequence[int]) -> Iterator[list[int]]:
+        """Read a token of each row, then the likeliest next ones, again and again; yields those that each step chose.
+
+        On a GPU choosing and feeding happen there, and a step begins before the host knows what the last one chose. At
+        a yield the rows hold what was read up to that choice. Ends where a row is full; close it to end before.
+        Args: as of `run`, every row once. Raises: as `run`.
+        """
+        if len(set(rows)) < len(rows):
+            raise ConfigError(f"greedy steps read one token of each row, found rows {list(rows)}")
+        if self._recording is not None and self._decoder.ops.records_torch:
+            yield from self._greedy_on_device(ids, rows)
+            return
+        while True:
+            ids = self.run(ids, rows).numpy().argmax(1).tolist()
+            yield ids
+            if any(self.cache.length(row) == self.cache.capacity for row in rows):
+                return
+
+    def _greedy_on_device(self, ids: Sequence[int], rows: Sequence[int]) -> Iterator[list[int]]:
+        n, ops = len(ids), self._decoder.ops
+        self._put(ids, rows)
+        if self._greedy is None:
+            self._inputs.rows.fill_(-1)
+            with torch.inference_mode():
+                self._greedy = ops.record(self._choose, self._rehearsal)
+        self._feed()
+        waiting = None
+        try:
+            for _ in range(self.cache.capacity - max(self.cache.length(row) for row in rows)):
+                if self._selector is not None:
+                    self._selector.advance()
+                self._greedy.replay()
+                self.counts.steps += 1
+                self.counts.tokens += n
+                before, waiting = waiting, ops.fetch(self._chosen, self._bounds)
+                if before is not None:
+                    ids = self._chosen_of(before, ids, rows)
+                    yield ids
+            yield self._chosen_of(waiting, ids, rows)
+        finally:
+            self._settle(rows)
+
+    def _choose(self) -> None:
+        logits = self._step(self._inputs)
+        self._chosen = logits.argmax(1)
+        self._bounds = torch.stack(logits.aminmax(dim=1))
+        self._inputs.ids.copy_(self._chosen)
+        self._inputs.positions.add_(self._inputs.rows >= 0)
+
+    def _chosen_of(self, result: Callable[[], Sequence[Tensor]], ids: Sequence[int], rows: Sequence[int]) -> list[int]:
+        """What a step that read ids chose, which the rows then hold."""
+        chosen, bounds = result()
+        if not is_finite(bounds[:, : len(ids)]):
+            raise self._trace(bounds.T[: len(ids)], ids, rows)
+        for row, token in zip(rows, ids, strict=True):
+            self.cache.append(row, (token,))
+        return chosen[: len(ids)].tolist()
+
+    def _feed(self) -> None:
+        for host, theirs in zip(self._host, self._inputs, strict=True):
+            if host is not theirs:
+                theirs.copy_(host)
 
     def op_seconds(self, ids: Sequence[int], rows: Sequence[int]) -> dict[str, float] | None:
         """Seconds by op of a run, whose tokens are then forgotten; None where that is not known."""

@@ -104,6 +104,12 @@ class Backend:
         result = work()
         return lambda: result
 
+    def fetch(self, *tensors: Tensor) -> Callable[[], Sequence[Tensor]]:
+        """Begin to copy results to the host; the function returned waits for the copies. The tensors may change at
+        once."""
+        copies = [tensor.clone() for tensor in tensors]
+        return lambda: copies
+
     def wait(self) -> None:
         """Until all that was started has ended."""
 
