@@ -115,7 +115,7 @@ class Subject:
         if cache.kv_len is not None:
             cache.kv_len.fill_(prompt)
         seconds = []
-        with closing(step.greedy(list(range(step.size)), list(range(step.size)))) as chosen:
+        with closing(step.greedy(list(range(step.size)), list(range(step.size)), new + 4)) as chosen:
             next(chosen), next(chosen)  # the first captures; the step after the one that is awaited runs already
             began = monotonic()
             before = counts.rows_read.cpu(), counts.attn_read.cpu(), counts.steps

@@ -99,7 +99,7 @@ class Batch:
         # One size until the end: which texts have ended then changes no other's.
         self._size = bucket(len(prompts))
         self._step_s: list[float] = []
-        self._attended = 0  # tokens attended to, over all tokens and steps
+        self._attended = self._read = 0  # tokens attended to, over all tokens read; and these
 
     def chunks(self) -> Iterator[Chunk]:
         """A chunk for each token of each row, as they come."""
@@ -122,6 +122,7 @@ class Batch:
                     for said in steps:
                         self._step_s.append(perf_counter() - began)
                         self._attended += sum(min(cache.length(row), window) for row in rows)
+                        self._read += len(rows)
                         for index, (text, logprob) in zip(live, said, strict=True):
                             yield self._chunk(index, text, logprob)
                         if any(self._rows[index].finish_reason for index in live):
@@ -135,7 +136,8 @@ class Batch:
         """What rows say step by step, as `_Row.take` returns it."""
         texts = [self._rows[index] for index in live]
         if all(text.greedy for text in texts):
-            for chosen in self._steps.step(self._size).greedy([text.token_ids[-1] for text in texts], rows):
+            left, step = min(text.left for text in texts), self._steps.step(self._size)
+            for chosen in step.greedy([text.token_ids[-1] for text in texts], rows, left):
                 yield [text.accept(token) for text, token in zip(texts, chosen, strict=True)]
         while True:
             logits = self._steps.run([text.token_ids[-1] for text in texts], rows, self._size)
@@ -163,7 +165,7 @@ class Batch:
             step_bytes=step_bytes(
                 config,
                 self._decoder.weights,
-                attended=self._attended / counts.tokens,
+                attended=self._attended / self._read,
                 batch=counts.tokens / counts.steps,
                 rows_read=read,
                 attn_read=attn_read,
@@ -192,6 +194,11 @@ class _Row:
         self._spelled = tokenizer.spelled if params.stop else lambda token: ""
         self._texts: list[str] = []
         self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
+
+    @property
+    def left(self) -> int:
+        """Tokens that may follow."""
+        return self._limit - len(self.token_ids)
 
     def take(self, logits: Tensor) -> tuple[str, TokenLogprob | None]:
         """Choose a token from logits (V,); returns the text that it settles and its log-probabilities."""

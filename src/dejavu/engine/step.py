@@ -82,32 +82,38 @@ class DecodeStep:
         logits = logits[:n].cpu()
         if not is_finite(logits):
             self._settle(rows)
-            raise self._trace(logits, ids, rows)
+            raise self._trace(next(n for n in range(len(logits)) if not is_finite(logits[n])), ids, rows)
         for row, token in zip(rows, ids, strict=True):
             self.cache.append(row, (token,))
         self.counts.steps += 1
         self.counts.tokens += n
         return logits
 
-    def greedy(self, ids: Sequence[int], rows: Sequence[int]) -> Iterator[list[int]]:
+    def greedy(self, ids: Sequence[int], rows: Sequence[int], most: int) -> Iterator[list[int]]:
         """Read a token of each row, then the likeliest next ones, again and again; yields those that each step chose.
 
         On a GPU choosing and feeding happen there, and a step begins before the host knows what the last one chose. At
         a yield the rows hold what was read up to that choice. Ends where a row is full; close it to end before.
-        Args: as of `run`, every row once. Raises: as `run`.
+
+        Args:
+            ids, rows: as of `run`, every row once.
+            most: steps, at least 1.
+        Raises: as `run`.
         """
         if len(set(rows)) < len(rows):
             raise ConfigError(f"greedy steps read one token of each row, found rows {list(rows)}")
         if self._recording is not None and self._decoder.ops.records_torch:
-            yield from self._greedy_on_device(ids, rows)
+            yield from self._greedy_on_device(ids, rows, most)
             return
-        while True:
+        for _ in range(self._steps_left(rows, most)):
             ids = self.run(ids, rows).numpy().argmax(1).tolist()
             yield ids
-            if any(self.cache.length(row) == self.cache.capacity for row in rows):
-                return
 
-    def _greedy_on_device(self, ids: Sequence[int], rows: Sequence[int]) -> Iterator[list[int]]:
+    def _steps_left(self, rows: Sequence[int], most: int) -> int:
+        """One at least, which says what is wrong where a row is full."""
+        return max(1, min(most, self.cache.capacity - max(self.cache.length(row) for row in rows)))
+
+    def _greedy_on_device(self, ids: Sequence[int], rows: Sequence[int], most: int) -> Iterator[list[int]]:
         n, ops = len(ids), self._decoder.ops
         self._put(ids, rows)
         if self._greedy is None:
@@ -117,13 +123,13 @@ class DecodeStep:
         self._feed()
         waiting = None
         try:
-            for _ in range(self.cache.capacity - max(self.cache.length(row) for row in rows)):
+            for _ in range(self._steps_left(rows, most)):
                 if self._selector is not None:
                     self._selector.advance()
                 self._greedy.replay()
                 self.counts.steps += 1
                 self.counts.tokens += n
-                before, waiting = waiting, ops.fetch(self._chosen, self._bounds)
+                before, waiting = waiting, ops.fetch(self._chosen)
                 if before is not None:
                     ids = self._chosen_of(before, ids, rows)
                     yield ids
@@ -132,20 +138,16 @@ class DecodeStep:
             self._settle(rows)
 
     def _choose(self) -> None:
-        logits = self._step(self._inputs)
-        self._chosen = logits.argmax(1)
-        self._bounds = torch.stack(logits.aminmax(dim=1))
-        self._inputs.ids.copy_(self._chosen)
-        self._inputs.positions.add_(self._inputs.rows >= 0)
+        self._chosen = self._decoder.ops.choose(self._step(self._inputs), self._inputs)
 
-    def _chosen_of(self, result: Callable[[], Sequence[Tensor]], ids: Sequence[int], rows: Sequence[int]) -> list[int]:
-        """What a step that read ids chose, which the rows then hold."""
-        chosen, bounds = result()
-        if not is_finite(bounds[:, : len(ids)]):
-            raise self._trace(bounds.T[: len(ids)], ids, rows)
+    def _chosen_of(self, result: Callable[[], Tensor], ids: Sequence[int], rows: Sequence[int]) -> list[int]:
+        """What a step that read ids, which the rows then hold, chose."""
+        chosen = result()[: len(ids)].tolist()
+        if min(chosen) < 0:
+            raise self._trace(chosen.index(-1), ids, rows)
         for row, token in zip(rows, ids, strict=True):
             self.cache.append(row, (token,))
-        return chosen[: len(ids)].tolist()
+        return chosen
 
     def _feed(self) -> None:
         for host, theirs in zip(self._host, self._inputs, strict=True):
@@ -184,8 +186,8 @@ class DecodeStep:
         for row in set(rows):
             self.cache.settle(row)
 
-    def _trace(self, logits: Tensor, ids: Sequence[int], rows: Sequence[int]) -> NotFiniteError:
-        bad = next(n for n in range(len(logits)) if not is_finite(logits[n]))
+    def _trace(self, bad: int, ids: Sequence[int], rows: Sequence[int]) -> NotFiniteError:
+        """What is wrong with the logits of token `bad` of a run."""
         text = [*self.cache.tokens(rows[bad]), *(i for i, row in zip(ids, rows, strict=True) if row == rows[bad])]
         return trace(self._decoder, torch.tensor(text)) or not_finite(f"the {self._mode} step")
 

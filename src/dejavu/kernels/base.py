@@ -20,6 +20,7 @@ from torch import Tensor
 from dejavu.device import check_threads
 from dejavu.kernels import reference, shapes
 from dejavu.kernels.quantized import Quantized, Weight
+from dejavu.kernels.reference import Tokens
 
 # Weights that `matmul` converts to float32 at a time on a CPU: 64 MB.
 _CONVERT_ELEMENTS = 16 << 20
@@ -104,11 +105,19 @@ class Backend:
         result = work()
         return lambda: result
 
-    def fetch(self, *tensors: Tensor) -> Callable[[], Sequence[Tensor]]:
-        """Begin to copy results to the host; the function returned waits for the copies. The tensors may change at
-        once."""
-        copies = [tensor.clone() for tensor in tensors]
-        return lambda: copies
+    def choose(self, logits: Tensor, tokens: Tokens) -> Tensor:
+        """The likeliest next tokens (N,) int32 of logits (N, V), also put where the next step reads them: they become
+        `ids`, and `positions` grow by 1. -1 is returned for a token whose logits are not all finite."""
+        chosen = logits.argmax(1).int()
+        tokens.ids.copy_(chosen)
+        tokens.positions.add_(tokens.rows >= 0)
+        low, high = logits.aminmax(dim=1)
+        return torch.where(torch.isfinite(low) & torch.isfinite(high), chosen, -1)
+
+    def fetch(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Begin to copy a result to the host; the function returned waits for it. The tensor may change at once."""
+        copy = tensor.clone()
+        return lambda: copy
 
     def wait(self) -> None:
         """Until all that was started has ended."""

@@ -9,6 +9,7 @@ from dejavu.kernels.triton.add_norm import add_norm
 from dejavu.kernels.triton.attend import attend
 from dejavu.kernels.triton.attn_qkv import attn_qkv
 from dejavu.kernels.triton.bandwidth import read_bandwidth
+from dejavu.kernels.triton.choose import choose
 from dejavu.kernels.triton.embed import add_positions, embed
 from dejavu.kernels.triton.graph import DEVICE, beside, capture, empty, sequential
 from dejavu.kernels.triton.linear import linear
@@ -25,6 +26,7 @@ __all__ = [
     "attn_qkv",
     "beside",
     "capture",
+    "choose",
     "embed",
     "empty",
     "linear",

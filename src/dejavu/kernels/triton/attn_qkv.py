@@ -119,11 +119,12 @@ def _selected(idx_ptr, count_ptr, groups, R: tl.constexpr, CAPACITY: tl.constexp
 @triton.jit
 def _count(read_ptr, count_ptr, selected, projected, G: tl.constexpr, R: tl.constexpr):
     """Add to attn_read (3,): the heads read, the groups with one, and the groups projected. By one program alone."""
-    heads = G * R if count_ptr is None else tl.load(count_ptr)
-    groups = tl.arange(0, triton.next_power_of_2(G))
-    tl.store(read_ptr, tl.load(read_ptr) + heads)
-    tl.store(read_ptr + 1, tl.load(read_ptr + 1) + tl.sum((selected & (groups < G)).to(tl.int64), axis=0))
-    tl.store(read_ptr + 2, tl.load(read_ptr + 2) + projected)
+    heads = tl.full((), G * R, tl.int64) if count_ptr is None else tl.load(count_ptr).to(tl.int64)
+    groups = tl.sum((selected & (tl.arange(0, triton.next_power_of_2(G)) < G)).to(tl.int64), axis=0)
+    # Not loaded, added and stored: nobody waits for these.
+    tl.atomic_add(read_ptr, heads, sem="relaxed")
+    tl.atomic_add(read_ptr + 1, groups, sem="relaxed")
+    tl.atomic_add(read_ptr + 2, projected, sem="relaxed")
 
 
 @triton.jit
@@ -222,7 +223,8 @@ def _attn_qkv(
         if read_ptr is not None:  # noqa: SIM102
             if (tile == 0) & (item == 0):
                 groups = tl.arange(0, triton.next_power_of_2(G))
-                _count(read_ptr, count_ptr, _selected(idx_ptr, count_ptr, groups, R, CAPACITY), G, G, R)
+                chosen = _selected(idx_ptr, count_ptr, groups, R, CAPACITY)
+                _count(read_ptr, count_ptr, chosen, tl.full((), G, tl.int64), G, R)
 
 
 @triton.jit

@@ -23,6 +23,7 @@ class TritonBackend(Backend):
         super().__init__(ops)
 
     beside = staticmethod(ops.beside)
+    choose = staticmethod(ops.choose)
     empty = staticmethod(ops.empty)
     read_bandwidth = staticmethod(ops.read_bandwidth)
     sequential = staticmethod(ops.sequential)
@@ -34,16 +35,16 @@ class TritonBackend(Backend):
             work()
         return capture.graph
 
-    def fetch(self, *tensors):
+    def fetch(self, tensor):
         if self.device.type == "cpu":
-            return super().fetch(*tensors)
-        copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
+            return super().fetch(tensor)
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
         done = torch.cuda.Event()
         done.record()
 
         def result():
             done.synchronize()
-            return copies
+            return copy
 
         return result
 
