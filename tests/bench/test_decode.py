@@ -7,9 +7,9 @@ from dejavu.bench.decode import Dejavu, common_prefix, decode_times, greedy, ran
 from dejavu.bench.peers.hugging_face import HuggingFace, load_hugging_face
 from dejavu.checkpoint.source import open_checkpoint
 from dejavu.engine.bytes import step_bytes
+from dejavu.families.load import load_weights
 from dejavu.kernels import backend
 from dejavu.model.decoder import Decoder
-from dejavu.model.load import load_weights
 
 PROMPT, NEW = [5, 6, 7, 8], 20
 

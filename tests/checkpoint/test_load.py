@@ -20,9 +20,9 @@ from dejavu.checkpoint.packed import save_packed
 from dejavu.checkpoint.source import open_checkpoint
 from dejavu.device import warn_once
 from dejavu.errors import CheckpointError, ConfigError, DejavuError, KernelUnavailable
+from dejavu.families.load import load_weights
 from dejavu.kernels import backend
 from dejavu.model.decoder import Decoder
-from dejavu.model.load import load_weights
 
 OPS = backend("reference")
 OPT_350M = {"do_layer_norm_before": False, "word_embed_proj_dim": 20}

@@ -14,14 +14,14 @@ from dejavu.bench import shapes
 from dejavu.checkpoint.layout import parse_quantization
 from dejavu.checkpoint.source import open_checkpoint
 from dejavu.errors import CapacityError
+from dejavu.families.load import load_weights
 from dejavu.kernels import backend
-from dejavu.model.load import load_weights
 
 MEASURE = """
 import sys, torch
 from dejavu.checkpoint.source import open_checkpoint
 from dejavu.kernels import backend
-from dejavu.model.load import load_weights
+from dejavu.families.load import load_weights
 
 def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))

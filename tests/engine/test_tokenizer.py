@@ -12,7 +12,7 @@ from tokenizers import processors
 from dejavu.checkpoint.source import Checkpoint
 from dejavu.engine.tokenizer import Tokenizer
 from dejavu.errors import CheckpointError, ConfigError
-from dejavu.model import family
+from dejavu.families import family
 
 
 def load(folder) -> Tokenizer:

@@ -60,9 +60,7 @@ def test_what_is_collected_is_what_the_model_does(engine, tmp_path):
     got = Collected(tmp_path, c.hidden_size, c.num_attention_heads, c.intermediate_size)
     assert got.tokens == 3 * 64
     y = got.inputs(7, slice(64, 128))  # the MLP of layer 3
-    norms = OutputNorms(decoder.weights.layers[3]).neurons(
-            decoder.blocks.activations(y, decoder.weights.layers[3].mlp)
-        )
+    norms = OutputNorms(decoder.weights.layers[3]).neurons(decoder.blocks.activations(y, decoder.weights.layers[3].mlp))
     stored = got.neurons(3)(slice(64, 128))
     # Inputs are stored in bf16 and norms in fp16.
     torch.testing.assert_close(stored, norms, rtol=0.02, atol=0.02 * norms.max().item())

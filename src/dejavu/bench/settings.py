@@ -16,10 +16,10 @@ from dejavu.checkpoint.source import Checkpoint, open_checkpoint
 from dejavu.config import Mode, ModelConfig, SelectionConfig
 from dejavu.device import parse_dtype
 from dejavu.errors import ConfigError
+from dejavu.families.load import load_weights
 from dejavu.kernels.base import Backend
 from dejavu.kernels.quantized import RowFormat
 from dejavu.model.decoder import Decoder
-from dejavu.model.load import load_weights
 from dejavu.selection import Cut, Selector, make_selector
 from dejavu.selection.fixed import StaticSelector
 

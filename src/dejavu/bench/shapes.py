@@ -16,9 +16,9 @@ from dejavu.bench.names import check_name
 from dejavu.checkpoint.layout import Quantization, Weights, allocate, require_weight_memory
 from dejavu.config import ModelConfig
 from dejavu.errors import ConfigError
+from dejavu.families import parse  # noqa: F401  (shapes.parse)
 from dejavu.kernels.base import Backend
 from dejavu.kernels.quantized import LINE, Quantized, RowFormat, Weight, quantize
-from dejavu.model import parse  # noqa: F401  (shapes.parse)
 
 # A prime, so that no two rows of a model are filled from the same place of the noise.
 _NOISE = 8_388_593

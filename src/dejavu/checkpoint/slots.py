@@ -132,6 +132,11 @@ class Fields:
     def bool(self, name: str, default: bool | None = None) -> bool:
         return self._get(name, default, bool, "true or false")
 
+    def require(self, name: str, value: bool) -> None:
+        """A switch whose other way is not supported; left out, it is as wanted."""
+        if self.bool(name, value) != value:
+            raise CheckpointError(f"config.json: {name} {str(not value).lower()} is not supported")
+
     def optional_int(self, name: str):
         return None if self.config.get(name) is None else self.int(name)
 

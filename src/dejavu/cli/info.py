@@ -43,8 +43,8 @@ def info(
     from dejavu.checkpoint.load import stored_dtype
     from dejavu.checkpoint.source import BUNDLED, BYTES, open_checkpoint
     from dejavu.engine.bytes import step_bytes
-    from dejavu.model import family
-    from dejavu.model.load import plan_weights
+    from dejavu.families import family
+    from dejavu.families.load import plan_weights
 
     if model is not None and (Path(model) / "pack.json").exists():
         from dejavu.cli.fit import show

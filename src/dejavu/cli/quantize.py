@@ -31,8 +31,8 @@ def quantize(
     from dejavu.checkpoint.packed import check_new, packed_settings, save_packed
     from dejavu.checkpoint.source import open_checkpoint
     from dejavu.errors import ConfigError
+    from dejavu.families.load import load_weights
     from dejavu.kernels import backend
-    from dejavu.model.load import load_weights
 
     check_new(out)
     quantization = parse_quantization(weights, quantize_embeddings)

@@ -21,12 +21,12 @@ from dejavu.engine.prompt import Prompt, split_prompts
 from dejavu.engine.step import Steps
 from dejavu.engine.tokenizer import Tokenizer
 from dejavu.errors import CapacityError, CheckpointError, ConfigError
+from dejavu.families import parse
+from dejavu.families.load import load_weights
 from dejavu.kernels import backend as load_backend
 from dejavu.kernels.base import Backend
-from dejavu.model import parse
 from dejavu.model.decoder import Decoder
 from dejavu.model.hooks import TokenMasks
-from dejavu.model.load import load_weights
 from dejavu.selection import Selector, make_selector
 from dejavu.selection.oracle import Importance
 from dejavu.selection.pack import check_pack, load_pack

@@ -8,7 +8,7 @@ from pathlib import Path
 from dejavu.artifacts import read_json
 from dejavu.config import ModelConfig
 from dejavu.errors import CheckpointError, ConfigError
-from dejavu.model import FAMILIES
+from dejavu.families import FAMILIES
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 

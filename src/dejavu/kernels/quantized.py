@@ -131,6 +131,10 @@ class Quantized:
         """Merge leading dimensions, as Tensor.flatten does."""
         return Quantized(self.data.flatten(start, end), self.width, self.format)
 
+    def transpose(self, first: int, second: int) -> Quantized:
+        """Swap two leading dimensions, as Tensor.transpose does."""
+        return Quantized(self.data.transpose(first, second), self.width, self.format)
+
     def parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Views of the values (uint8), the scales and the offsets (None without a zero point)."""
         values, scales, _ = self.format.layout(self.width)

@@ -15,8 +15,8 @@ from dejavu.checkpoint.source import BYTES, DTYPE_NAMES, Checkpoint
 from dejavu.config import ModelConfig
 from dejavu.device import choose_dtype, warn_once
 from dejavu.errors import CheckpointError, ConfigError
+from dejavu.families import family, parse
 from dejavu.kernels.base import Backend
-from dejavu.model import family, parse
 
 # The output matrix, by its name in every family.
 HEAD = "lm_head.weight"

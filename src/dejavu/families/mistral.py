@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from dejavu.checkpoint.slots import Fields
 from dejavu.config import ModelConfig
-from dejavu.model import llama
-from dejavu.model.llama import EMBEDDINGS, PREFIXES, slots
+from dejavu.families import llama
+from dejavu.families.llama import EMBEDDINGS, PREFIXES, slots
 
 __all__ = ["EMBEDDINGS", "IGNORED", "PREFIXES", "parse", "slots"]
 

@@ -10,9 +10,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dejavu.checkpoint.layout import allocate
+from dejavu.families import family
 from dejavu.kernels import backend
 from dejavu.kernels.reference import Tokens
-from dejavu.model import decoder, family
+from dejavu.model import decoder
 from dejavu.model.counts import Counts
 from dejavu.model.decoder import Decoder
 
@@ -24,6 +25,7 @@ OPT = {"vocab_size": 61, "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim"
 LLAMA = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 90, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 32,
          "hidden_act": "relu"}  # fmt: skip
+GPT2 = {"vocab_size": 61, "n_embd": 64, "n_head": 4, "n_layer": 2, "n_inner": 90, "n_positions": 32}
 GROUPED = {"num_key_value_heads": 2}
 ORIGINAL = {"original_max_position_embeddings": 8}
 FACTORS = {"short_factor": [1.0 + i / 8 for i in range(8)], "long_factor": [2.0 + i for i in range(8)]}
@@ -63,8 +65,10 @@ VARIANTS = {
     "mistral": ("mistral", GROUPED | {"sliding_window": WINDOW}),
     "mistral without window": ("mistral", GROUPED | {"sliding_window": None, "hidden_act": "silu"}),
     "bamboo": ("bamboo", GROUPED | {"sliding_window": WINDOW}),
+    "gpt2": ("gpt2", {}),
+    "gpt2 relu": ("gpt2", {"activation_function": "relu", "n_inner": None, "tie_word_embeddings": False}),
 }  # fmt: skip
-SMOOTH = ["opt gelu", "llama silu", "llama gelu", "mistral without window"]
+SMOOTH = ["gpt2", "opt gelu", "llama silu", "llama gelu", "mistral without window"]
 ZEROING = [name for name in VARIANTS if name not in SMOOTH]
 # Architectures that Hugging Face does not carry: the one it is built from, whose MLP is then changed.
 PARENTS = {"sparsellama": "llama", "bamboo": "mistral"}
@@ -74,17 +78,19 @@ PARENTS = {"sparsellama": "llama", "bamboo": "mistral"}
 def reference(name: str) -> tuple[nn.Module, dict]:
     """The Hugging Face model of a variant, its weights rounded to bfloat16, and the config.json it would save."""
     model_type, sizes = VARIANTS[name]
-    sizes = (OPT if model_type == "opt" else LLAMA) | sizes
+    sizes = {"opt": OPT, "gpt2": GPT2}.get(model_type, LLAMA) | sizes
     act = {"hidden_act": "relu"} if sizes.get("hidden_act") == "fatrelu" else {}
     config = AutoConfig.for_model(PARENTS.get(model_type, model_type), **sizes | act)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().requires_grad_(False)
     for key, parameter in model.named_parameters():
         # Large enough that every term of every layer moves the logits; norms stay near one.
-        spread = 1.5 * parameter.shape[1] ** -0.5 if parameter.dim() == 2 and "embed" not in key else 0.4
-        nn.init.normal_(parameter, 1.0 if "norm" in key and key.endswith("weight") else 0.0, spread)
+        matrix = parameter.dim() == 2 and not any(name in key for name in ("embed", "wte", "wpe"))
+        spread = 1.5 * parameter.shape[1] ** -0.5 if matrix else 0.4
+        norm = key.endswith("weight") and ("norm" in key or ".ln_" in key)
+        nn.init.normal_(parameter, 1.0 if norm else 0.0, spread)
         parameter.copy_(parameter.bfloat16())
-    for layer in model.model.layers if model_type != "opt" else ():
+    for layer in model.model.layers if model_type not in ("opt", "gpt2") else ():
         if act:
             layer.mlp.act_fn = nn.Threshold(FAT_THRESHOLD, 0.0)
         if model_type == "bamboo":
@@ -117,7 +123,7 @@ def build(name: str, ops, dtype: torch.dtype = torch.float32) -> Decoder:
     if config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     for key, tensor in tensors.items():
-        slot = slots.pop(key.removeprefix("model."))
+        slot = slots.pop(key.removeprefix("model.").removeprefix("transformer."))
         assert slot.shape == tuple(tensor.shape), key
         slot.fill(tensor)
     assert not slots

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dejavu.checkpoint.layout import allocate
 from dejavu.errors import CheckpointError, ConfigError
-from dejavu.model import family
+from dejavu.families import family
 
 # hidden_size, layers, heads, ffn_dim and parameters of every published OPT
 OPT_SIZES = {
@@ -97,7 +97,7 @@ def test_mistral_is_not_bamboo():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (LLAMA | {"model_type": "gpt2"}, "'gpt2' is not supported; supported: bamboo, llama, mistral, opt"),
+        (LLAMA | {"model_type": "gpt3"}, "'gpt3' is not supported; supported: bamboo, gpt2, llama, mistral, opt"),
         (LLAMA | {"model_type": None}, "model_type None is not supported"),
         (LLAMA | {"hidden_act": "shiftrelu"}, "hidden_act 'shiftrelu' is not supported; supported: relu, fatrelu"),
         (LLAMA | {"hidden_act": "fatrelu"}, "hidden_act_param must be a number"),
