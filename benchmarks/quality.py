@@ -20,7 +20,7 @@ import typer
 
 import dejavu
 from dejavu.bench import record
-from dejavu.config import ModelConfig, SelectionConfig
+from dejavu.config import ModelConfig, SelectionConfig, pack_selection
 from dejavu.evaluate.run import Evaluation
 from dejavu.evaluate.settings import Setting, identify, make_engines
 from dejavu.text import documents
@@ -55,7 +55,7 @@ def settings_of(config: ModelConfig) -> tuple[list[Setting], dict[str, str]]:
         kept = part, policy, selection.counts(0, config)
         if kept not in first:
             first[kept] = name
-            settings.append(Setting(name, "sparse", selection))
+            settings.append(Setting("sparse", selection, name=name))
         names[name] = first[kept]
     return settings, names
 
@@ -131,10 +131,10 @@ def packs(
 ) -> None:
     """Dense, exact, a pack at its own setting and at lower budgets, over all tasks and two texts."""
     base = dejavu.load(model, dtype="fp32", mode="dense", threads=threads)
-    settings = [Setting("dense"), Setting("exact", "exact")]
+    settings = [Setting("dense"), Setting("exact")]
     for quality in (None, *budget):
         name = "pack" if quality is None else f"pack, {100 * quality:g} %"
-        settings.append(Setting(name, "sparse", SelectionConfig("predictor", pack=pack, quality=quality, kv="lazy")))
+        settings.append(Setting("sparse", pack_selection(pack, quality), name=name))
     engines = make_engines(settings, lambda _: base)
     held = {"texts": [str(data / HELD)], "text_tokens": tokens}
     jobs = [([name], {"limit": min(number, limit or number)}) for name, number in DOCUMENTS.items()]

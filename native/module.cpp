@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <new>
 #include <optional>
@@ -409,6 +410,9 @@ NB_MODULE(_native, m) {
 #if defined(__unix__) || defined(__APPLE__)
   pthread_atfork(nullptr, nullptr, [] { new (pool_storage) std::shared_ptr<Pool>(); });
 #endif
+  // In the order of the enums: the index is what an op takes.
+  m.attr("ACTIVATIONS") = std::vector<std::string>(std::begin(kActs), std::end(kActs));
+  m.attr("NORMS") = std::vector<std::string>(std::begin(kNormKinds), std::end(kNormKinds));
   m.def("isa", [] { return kernels->name; });
   m.def("isas", [] {
     std::vector<std::string> names;

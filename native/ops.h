@@ -33,9 +33,11 @@ struct Rows {
   int64_t width, stride, group;
 };
 
-// Activations, in the order of config.ACTIVATIONS.
+// What a family may vary, by the names that Python passes.
 enum class Act : int { relu = 0, fatrelu, silu, gelu, gelu_tanh };
+inline constexpr const char* kActs[] = {"relu", "fatrelu", "silu", "gelu", "gelu_tanh"};
 enum class NormKind : int { none = 0, layer, rms };
+inline constexpr const char* kNormKinds[] = {"none", "layer", "rms"};
 
 // First `count[0]` entries of `idx`, which has `capacity`, are selected; idx == nullptr selects all.
 struct Selection {

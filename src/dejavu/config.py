@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 from dejavu.errors import ConfigError
 
@@ -15,6 +15,8 @@ Policy = Literal["predictor", "oracle", "static", "non_contextual", "random", "n
 # Activations whose output is exactly zero on a half line: only these allow the exact mode.
 ZEROING_ACTIVATIONS = ("relu", "fatrelu")
 ACTIVATIONS = (*ZEROING_ACTIVATIONS, "silu", "gelu", "gelu_tanh")
+# Of residual streams; "none" is a copy.
+NORMS = ("none", "layer", "rms")
 
 
 @dataclass(frozen=True)
@@ -260,6 +262,59 @@ class SelectionConfig:
             return total if layer in self.dense_layers else math.ceil(round(density * total, 6))
 
         return keep("attn_density", config.num_attention_heads), keep("mlp_density", config.intermediate_size)
+
+
+def pack_selection(pack: str, quality: float | None = None) -> SelectionConfig:
+    """What a sparsity pack selects; keys and values are lazy, as packs are fitted for."""
+    return SelectionConfig("predictor", pack=pack, quality=quality, kv="lazy")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run a model.
+
+    Args:
+        mode, selection: what is read; mode "sparse" has a selection, and no other mode.
+        weights: a format to quantise to, int8 or int4-g32 say; None: as stored.
+    Raises: ConfigError for a mode that does not exist, or that does not go with the selection.
+    """
+
+    mode: Mode = "dense"
+    selection: SelectionConfig | None = None
+    weights: str | None = None
+
+    def __post_init__(self):
+        if self.mode not in get_args(Mode):
+            raise ConfigError(f"mode {self.mode!r} does not exist; choose one of: auto, {', '.join(get_args(Mode))}")
+        if (self.mode == "sparse") != (self.selection is not None):
+            raise ConfigError("mode sparse needs a selection (a pack or a policy), and no other mode takes one")
+
+    @classmethod
+    def choose(cls, mode: Mode | Literal["auto"], selection: SelectionConfig | None, config: ModelConfig) -> Self:
+        """That of a model. "auto" is sparse with a selection, else exact where the activation allows it.
+
+        Raises: ConfigError as the class and `check` do.
+        """
+        if mode == "auto":
+            mode = "sparse" if selection is not None else "exact" if "exact" in config.modes else "dense"
+        setting = cls(mode, selection)
+        setting.check(config)
+        return setting
+
+    @property
+    def pending(self) -> int | None:
+        """Tokens that may wait in a head, with lazy keys and values; None: they are not lazy."""
+        return self.selection.pending if self.selection is not None and self.selection.kv == "lazy" else None
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises: ConfigError where a model cannot run this."""
+        if self.mode not in config.modes:
+            raise ConfigError(
+                f"mode {self.mode} needs an activation that is zero on a half line "
+                f"({' or '.join(ZEROING_ACTIVATIONS)}); this model has {config.activation}: use mode dense"
+            )
+        if self.selection is not None:
+            self.selection.counts(0, config)
 
 
 def parse_share(text: str | None) -> float | None:

@@ -154,8 +154,8 @@ def test_bad_settings_are_named(subject):
         Setting(batch=0)
     with pytest.raises(ConfigError, match="more than the model's context of 64; shorten"):
         measure(subject, backend("cpu"), [Setting(prompt=64)], new_tokens=1)
-    with pytest.raises(ConfigError, match="mode 'spare' is not one of"):
-        measure(subject, backend("cpu"), [Setting("spare", prompt=4)], new_tokens=1)
+    with pytest.raises(ConfigError, match="mode 'spare' does not exist; choose one of"):
+        Setting("spare", prompt=4)
 
 
 def test_stopping_a_run_leaves_no_folder_of_peers(subject, monkeypatch, tmp_path):

@@ -16,7 +16,7 @@ from dejavu.artifacts import new_folder
 from dejavu.checkpoint import source
 from dejavu.checkpoint.layout import parse_quantization
 from dejavu.checkpoint.load import NAMES_SHOWN
-from dejavu.checkpoint.packed import save_packed
+from dejavu.checkpoint.saved import save_quantized
 from dejavu.checkpoint.source import open_checkpoint
 from dejavu.device import warn_once
 from dejavu.errors import CheckpointError, ConfigError, DejavuError, KernelUnavailable
@@ -332,7 +332,7 @@ def test_a_head_of_its_own_is_used_though_config_json_ties_it(make_checkpoint, m
     torch.testing.assert_close(logits, theirs(ids).logits[0], rtol=0, atol=1e-4)
     quantised = load(folder, quantization=parse_quantization("int8", True))[1]
     with new_folder(tmp_path / "q") as out:
-        save_packed(open_checkpoint(folder), quantised, out)
+        save_quantized(open_checkpoint(folder), quantised, out)
     again, saved = load(tmp_path / "q")
     assert not again.tie_word_embeddings and torch.equal(saved.head.data, quantised.head.data)
 

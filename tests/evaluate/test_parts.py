@@ -68,7 +68,7 @@ def test_original_words_count_where_convention_says_so(base, tmp_path):
 
 def test_settings_from_text():
     assert parse_setting("dense") == Setting("dense")
-    assert parse_setting("exact,weights=int8") == Setting("exact,weights=int8", "exact", None, "int8")
+    assert parse_setting("exact,weights=int8") == Setting("exact", None, "int8", "exact,weights=int8")
     pack = parse_setting("pack=p/q,quality=2%")
     assert pack.mode == "sparse" and pack.selection == SelectionConfig("predictor", pack="p/q", quality=0.02, kv="lazy")
     oracle = parse_setting("policy=oracle,mlp=10%,heads=0.5,kv=lazy").selection

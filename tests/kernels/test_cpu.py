@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from dejavu.config import ACTIVATIONS, NORMS
 from dejavu.errors import ConfigError, KernelUnavailable
 from dejavu.kernels import backend, cpu, reference
 from dejavu.kernels.quantized import RowFormat, quantize
@@ -55,6 +56,14 @@ def weights(*shape, dtype):
 @pytest.mark.parametrize("op", OPS)
 def test_signature_is_the_reference(op):
     assert inspect.signature(getattr(cpu, op)) == inspect.signature(getattr(reference, op))
+
+
+def test_names_are_those_of_every_backend():
+    """One table says what a family may vary; kernels.shapes refuses all else."""
+    assert sorted(cpu._native.ACTIVATIONS) == sorted(ACTIVATIONS)
+    assert sorted(cpu._native.NORMS) == sorted(NORMS)
+    for name in ACTIVATIONS:
+        reference.activate(torch.zeros(1), name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -103,7 +103,7 @@ class _Bench:
         builds += [partial(self._peer, other) for other in peers]
         size = self._subject.weight_bytes
         held = sum(map(size, formats)) + PEER_COPIES * sum(size("bf16") for _ in peers)
-        keep = held < MEMORY_SHARE * free_memory()
+        keep = held < MEMORY_SHARE * free_memory(self._ops.device)
         warmup = 1 if keep else 0
         total, done = (repeat + warmup) * (1 + len(settings) + len(peers)), iter(range(1 << 30))
 
@@ -166,7 +166,7 @@ class _Bench:
             setting.mode,
             batch=setting.batch,
             selector=chooser,
-            pending=s.pending if s is not None and s.kv == "lazy" else None,
+            pending=setting.pending,
             crossover=s is not None and s.crossover,
         )
         prompts = [random_prompt(decoder.config.vocab_size, setting.prompt, seed) for seed in range(setting.batch)]

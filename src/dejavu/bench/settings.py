@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dejavu import config as base
 from dejavu.bench import shapes
 from dejavu.bench.peers import Source
 from dejavu.bench.random_predictor import random_predictor
@@ -28,11 +29,10 @@ FORMATS = ("bf16", "fp32", "int8", "int4")
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One way to run our engine.
+class Setting(base.Setting):
+    """One way to run our engine, and on what.
 
     Args:
-        mode, selection: what is read; mode "sparse" has a selection, and no other mode.
         weights: a format of FORMATS.
         batch: rows, each with a prompt of its own.
         prompt: tokens of each.
@@ -41,16 +41,13 @@ class Setting:
     Raises: ConfigError naming the field.
     """
 
-    mode: Mode = "dense"
-    selection: SelectionConfig | None = None
     weights: str = "bf16"
     batch: int = 1
     prompt: int = 128
     random_predictor: bool = False
 
     def __post_init__(self):
-        if (self.mode == "sparse") != (self.selection is not None):
-            raise ConfigError("mode sparse needs a selection, and no other mode takes one")
+        super().__post_init__()
         if self.weights not in FORMATS:
             raise ConfigError(f"weights {self.weights!r} are not supported; choose one of: {', '.join(FORMATS)}")
         if self.random_predictor and self.selection is None:
@@ -73,18 +70,15 @@ class Setting:
             parts += [] if s.crossover else ["always"]
         return " ".join([*parts, self.weights, f"B{self.batch}", f"P{self.prompt}"])
 
-    def check(self, config: ModelConfig, new_tokens: int) -> None:
-        """Raises: ConfigError where the model cannot run this."""
-        if self.mode not in config.modes:
-            raise ConfigError(f"mode {self.mode!r} is not one of this model's: {', '.join(config.modes)}")
-        need, context = self.prompt + new_tokens, config.context
+    def check(self, model: ModelConfig, new_tokens: int = 0) -> None:
+        """Raises: ConfigError where the model cannot run this, nor so many tokens behind its prompt."""
+        super().check(model)
+        need, context = self.prompt + new_tokens, model.context
         if need > context:
             raise ConfigError(
                 f"prompt {self.prompt} and {new_tokens} new tokens are {need - context} more than the model's context "
                 f"of {context}; shorten them"
             )
-        if self.selection is not None:
-            self.selection.counts(0, config)
 
 
 def _percent(density: float | tuple[float, ...]) -> str:
@@ -188,7 +182,7 @@ def fixed_sets(config: ModelConfig, ops: Backend, selection: SelectionConfig, ba
                 mask[torch.randperm(mask.numel(), generator=generator)[:k]] = 1
         importance.append(tuple(chosen))
         cuts.append(tuple(None if mask.all() else Cut(int(mask.sum())) for mask in chosen))
-    return StaticSelector(cuts, ops, importance, torch.device("cpu"))
+    return StaticSelector(cuts, ops, importance, ops.device)
 
 
 def grid(

@@ -80,8 +80,12 @@ def bench(
 
     if model is not None and shape is not None:
         raise typer.BadParameter("give either MODEL or --shape")
-    ops = load_backend("cpu" if backend == "auto" else backend)
+    ops = load_backend(backend)
     set_threads(ops, threads)
+    if ops.device.type != "cpu":
+        if peers and "none" not in peers:
+            raise ConfigError(f"peers run on the CPU, and backend {ops.name} does not: give --backend cpu")
+        peers = ["none"]
     if activity is None:
         # What a predictor selects mostly fires; a random set would else read a tenth of its fc2 rows.
         activity = 0.999 if "sparse" in (mode or ()) else 0.1

@@ -30,7 +30,7 @@ from dejavu.cli.options import (
     load_engine,
     make_selection,
 )
-from dejavu.config import SelectionConfig, parse_share
+from dejavu.config import pack_selection, parse_share
 from dejavu.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def evaluate(
     if pack is not None:
         if policy is not None:
             raise ConfigError("give either --pack or --policy")
-        selection = SelectionConfig("predictor", pack=pack, quality=parse_share(quality), kv="lazy")
+        selection = pack_selection(pack, parse_share(quality))
     elif quality is not None:
         raise ConfigError("--quality chooses among a pack's settings: name a --pack")
     if mode == "auto":
@@ -129,7 +129,7 @@ def evaluate(
     )
     settings = [Setting("dense", weights=weights)]
     if mode != "dense":
-        settings.append(Setting(name, mode, selection, weights))
+        settings.append(Setting(mode, selection, weights, name))
     engine = {"dtype": dtype, "threads": threads, "backend": backend, "revision": revision}
     documents = {"data_dir": data_dir, "texts": text or (), "num_fewshot": num_fewshot, "limit": limit}
     windows = {"text_tokens": text_tokens, "window": window, "stride": stride}

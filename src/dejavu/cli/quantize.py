@@ -28,7 +28,7 @@ def quantize(
 
     from dejavu.artifacts import new_folder
     from dejavu.checkpoint.layout import parse_quantization
-    from dejavu.checkpoint.packed import check_new, packed_settings, save_packed
+    from dejavu.checkpoint.saved import check_new, save_quantized, saved_settings
     from dejavu.checkpoint.source import open_checkpoint
     from dejavu.errors import ConfigError
     from dejavu.families.load import load_weights
@@ -37,13 +37,13 @@ def quantize(
     check_new(out)
     quantization = parse_quantization(weights, quantize_embeddings)
     checkpoint = open_checkpoint(model, revision=revision)
-    if packed_settings(checkpoint) is not None:
+    if saved_settings(checkpoint) is not None:
         raise ConfigError(f"{model}: is quantised already; start from the model it was made of")
     with new_folder(out) as folder, progress_bar(f"Quantising {model}") as progress:
         _, loaded = load_weights(
             checkpoint, ops=backend("cpu"), dtype=dtype, quantization=quantization, progress=progress
         )
-        save_packed(checkpoint, loaded, folder)
+        save_quantized(checkpoint, loaded, folder)
     size = sum(file.stat().st_size for file in out.iterdir())
     if as_json:
         facts = {"model": model, "out": str(out), "weights": quantization.weights.name}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from os import PathLike
 from time import perf_counter
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from dejavu.checkpoint.layout import Quantization, parse_quantization
 from dejavu.checkpoint.load import Progress
 from dejavu.checkpoint.source import BUNDLED, Checkpoint, open_checkpoint
-from dejavu.config import ZEROING_ACTIVATIONS, Mode, ModelConfig, SamplingParams, SelectionConfig
+from dejavu.config import Mode, ModelConfig, SamplingParams, SelectionConfig, Setting, pack_selection
 from dejavu.device import default_threads, require_memory
 from dejavu.engine.generation import Batch, Chunk, Generation
 from dejavu.engine.prompt import Prompt, split_prompts
@@ -66,7 +66,7 @@ class Engine:
         if calibration is not None and (selection is None or selection.policy != "static"):
             raise ConfigError("a calibration text goes with a selection of policy static")
         self.decoder, self.tokenizer, self.checkpoint = decoder, tokenizer, checkpoint
-        self.mode, self.selection = _choose_mode(mode, decoder.config, selection), selection
+        self._setting = Setting.choose(mode, selection, decoder.config)
         self._selector = None if selection is None else self._make_selector(selection, calibration)
         self._idle: list[Steps] = []  # the last steps made, while nothing uses them
 
@@ -107,7 +107,7 @@ class Engine:
         if pack is not None:
             if selection is not None:
                 raise ConfigError("give either a pack or a selection")
-            selection = SelectionConfig("predictor", pack=str(pack), quality=quality, kv="lazy")
+            selection = pack_selection(str(pack), quality)
         elif quality is not None:
             raise ConfigError("quality chooses among a pack's settings: name a pack")
         quantization = parse_quantization(weights, quantize_embeddings)
@@ -116,10 +116,19 @@ class Engine:
         checkpoint = open_checkpoint(model, revision=revision)
         # What can fail fast comes before the weights, which may take minutes.
         config = parse(checkpoint.config)
-        mode, tokenizer = _choose_mode(mode, config, selection), Tokenizer(checkpoint.path, config)
+        mode, tokenizer = Setting.choose(mode, selection, config).mode, Tokenizer(checkpoint.path, config)
         settings = {"ops": ops, "dtype": dtype, "quantization": quantization, "progress": progress}
         config, loaded = load_weights(checkpoint, **settings)
         return cls(Decoder(config, loaded, ops), tokenizer, mode, selection, calibration, checkpoint)
+
+    @property
+    def mode(self) -> Mode:
+        return self._setting.mode
+
+    @property
+    def selection(self) -> SelectionConfig | None:
+        """What the mode sparse reads."""
+        return self._setting.selection
 
     @property
     def config(self) -> ModelConfig:
@@ -196,10 +205,8 @@ class Engine:
         Args:
             crossover: False obeys selections even where reading all would be faster; True leaves it to the selection.
         """
-        s = self.selection
-        pending = s.pending if s is not None and s.kv == "lazy" else None
-        cache = self.decoder.new_cache(rows, capacity, pending)
-        crossover = crossover and s is not None and s.crossover
+        cache = self.decoder.new_cache(rows, capacity, self._setting.pending)
+        crossover = crossover and self.selection is not None and self.selection.crossover
         return Steps(self.decoder, cache, self.mode, self._selector, crossover=crossover)
 
     def _run(self, prompts: list[list[int]], params: SamplingParams, started: float) -> Iterator[Chunk]:
@@ -267,23 +274,6 @@ class Engine:
                 "shorten it"
             )
         return ids
-
-
-def _choose_mode(mode: str, config: ModelConfig, selection: SelectionConfig | None) -> Mode:
-    if mode == "auto" and selection is not None:
-        return "sparse"
-    if mode == "auto":
-        return "exact" if "exact" in config.modes else "dense"
-    if mode not in get_args(Mode):
-        raise ConfigError(f"mode {mode!r} does not exist; choose one of: auto, {', '.join(get_args(Mode))}")
-    if mode not in config.modes:
-        raise ConfigError(
-            f"mode {mode} needs an activation that is zero on a half line ({' or '.join(ZEROING_ACTIVATIONS)}); "
-            f"this model has {config.activation}: use mode dense"
-        )
-    if (mode == "sparse") != (selection is not None):
-        raise ConfigError("mode sparse needs a selection, and no other mode takes one")
-    return mode
 
 
 def set_threads(ops: Backend, threads: int | None) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import get_args
 
-from dejavu.config import Mode, SelectionConfig, parse_share
+from dejavu import config
+from dejavu.config import Mode, SelectionConfig, pack_selection, parse_share
 from dejavu.engine.engine import Engine
 from dejavu.errors import ConfigError
 from dejavu.selection.pack import load_pack
@@ -16,23 +17,17 @@ KEYS = ("mode", "pack", "quality", "policy", "mlp", "heads", "kv", "weights")
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One way to run a model.
+class Setting(config.Setting):
+    """One way to run a model, with a name for reports; None: its mode."""
 
-    Args:
-        name: in reports.
-        mode, selection: what is read; mode "sparse" has a selection, and no other mode.
-        weights: a format to quantise to (Engine.load), or None: as stored.
-    """
-
-    name: str
-    mode: Mode = "dense"
-    selection: SelectionConfig | None = None
-    weights: str | None = None
+    name: str | None = None
 
     def __post_init__(self):
-        if (self.mode == "sparse") != (self.selection is not None):
-            raise ConfigError(f"{self.name}: mode sparse needs a pack or a policy, and no other mode takes one")
+        object.__setattr__(self, "name", self.name or self.mode)
+        try:
+            super().__post_init__()
+        except ConfigError as error:
+            raise ConfigError(f"{self.name}: {error}") from None
 
 
 def parse_setting(text: str) -> Setting:
@@ -54,18 +49,19 @@ def parse_setting(text: str) -> Setting:
         raise ConfigError(f"setting {text!r}: give either a pack or a policy")
     selection = None
     if "pack" in parts:
-        quality = parts.get("quality")
-        selection = SelectionConfig(
-            "predictor", pack=parts["pack"], quality=parse_share(quality), kv=parts.get("kv", "lazy")
-        )
+        selection = pack_selection(parts["pack"], parse_share(parts.get("quality")))
     elif "policy" in parts:
         densities = {key: parse_share(parts.get(key, "1")) for key in ("mlp", "heads")}
-        selection = SelectionConfig(parts["policy"], densities["mlp"], densities["heads"], kv=parts.get("kv", "full"))
+        selection = SelectionConfig(parts["policy"], densities["mlp"], densities["heads"])
+    if "kv" in parts:
+        if selection is None:
+            raise ConfigError(f"setting {text!r}: kv goes with a pack or a policy")
+        selection = replace(selection, kv=parts["kv"])
     for key, owner in (("quality", "pack"), ("mlp", "policy"), ("heads", "policy")):
         if key in parts and owner not in parts:
             raise ConfigError(f"setting {text!r}: {key} goes with a {owner}")
     mode = parts.get("mode", "dense" if selection is None else "sparse")
-    return Setting(text, mode, selection, parts.get("weights"))
+    return Setting(mode, selection, parts.get("weights"), text)
 
 
 def make_engines(

@@ -10,7 +10,7 @@ import torch
 
 from dejavu.checkpoint.layout import Quantization, Weights, allocate, require_weight_memory
 from dejavu.checkpoint.load import Progress, fill, match, stored_dtype
-from dejavu.checkpoint.packed import packed_settings, packed_slots
+from dejavu.checkpoint.saved import saved_settings, saved_slots
 from dejavu.checkpoint.source import BYTES, DTYPE_NAMES, Checkpoint
 from dejavu.config import ModelConfig
 from dejavu.device import choose_dtype, warn_once
@@ -37,15 +37,15 @@ def plan_weights(
             f"{checkpoint.path}: config.json says {config.num_hidden_layers} layers, but there are only "
             f"{len(checkpoint.headers)} tensors; the two do not belong together"
         )
-    packed = packed_settings(checkpoint)
-    if packed is not None:
+    saved = saved_settings(checkpoint)
+    if saved is not None:
         if quantization is not None:
-            raise ConfigError(f"{checkpoint.path}: is quantised already ({packed[0].weights.name}); ask for no format")
-        dtype = choose_dtype(dtype, packed[1], device)
+            raise ConfigError(f"{checkpoint.path}: is quantised already ({saved[0].weights.name}); ask for no format")
+        dtype = choose_dtype(dtype, saved[1], device)
         if "head" in checkpoint.headers:  # though config.json says that it is the embeddings
             config = replace(config, tie_word_embeddings=False)
-        plan = allocate(config, dtype, _no_memory, packed[0])
-        slots = packed_slots(plan)
+        plan = allocate(config, dtype, _no_memory, saved[0])
+        slots = saved_slots(plan)
         names = match(checkpoint, slots, dtypes=(*DTYPE_NAMES.values(), BYTES))
         for name, slot in slots.items():
             if (checkpoint.headers[name].dtype == BYTES) != (slot.view.dtype == torch.uint8):
@@ -93,8 +93,8 @@ def load_weights(
     config, plan, names = plan_weights(checkpoint, dtype=dtype, device=ops.device.type, quantization=quantization)
     require_weight_memory(config, plan.dtype, plan.quantization, ops.device, checkpoint.name)
     weights = allocate(config, plan.dtype, ops.empty, plan.quantization)
-    packed = packed_settings(checkpoint) is not None
-    slots = packed_slots(weights) if packed else family(config.model_type).slots(config, weights)
+    saved = saved_settings(checkpoint) is not None
+    slots = saved_slots(weights) if saved else family(config.model_type).slots(config, weights)
     fill(checkpoint, slots, names, progress)
     return config, weights
 

@@ -183,38 +183,32 @@ def attn_qkv(
     r = (parts - 2) // 2
     selected = _head_mask(heads, G * r, x.device).view(G, r)
 
-    def project(rows: Tensor, group: int, part: int) -> Tensor:
+    def project(rows: Tensor, group: int, part: int, positions: Tensor) -> Tensor:
         out = rows @ dense(blocks[group, part]).T
-        return out if bias is None else out + bias[group, part]
+        out = out if bias is None else out + bias[group, part]
+        return out if cos_sin is None or part > r else rotate(out, cos_sin[positions.long()])
 
     live = tokens.live()
-    places = list(zip(tokens.rows[:live].tolist(), tokens.positions[:live].tolist(), strict=True))
-    length = {row: position + 1 for row, position in places}  # of each row, its last token included
     q = torch.zeros(x.shape[0], G * r, D, dtype=torch.float32, device=x.device)
-    for n, (row, position) in enumerate(places):
-        if hidden is not None:
-            hidden[row, position % hidden.shape[1]] = x[n]
-        for g in range(G):
-            for j in range(r):
-                if selected[g, j]:
-                    head = project(x[n : n + 1], g, j)[0]
-                    q[n, g * r + j] = head if cos_sin is None else rotate(head, cos_sin[position])
+    for head in torch.nonzero(selected.flatten()).flatten().tolist():
+        q[:live, head] = project(x[:live], head // r, head % r, tokens.positions[:live])
+    if hidden is not None:
+        hidden[tokens.rows[:live].long(), tokens.positions[:live].long() % hidden.shape[1]] = x[:live]
     projected = torch.zeros(G, dtype=torch.bool)
-    for g in range(G):
-        for row, end in length.items():
-            first = min(p for at, p in places if at == row) if hidden is None else int(kv_len[row, g])
+    for row in tokens.rows[:live].unique().tolist():
+        new = tokens.positions[tokens.rows == row]
+        end = int(new[-1]) + 1
+        for g in range(G):
+            first = int(new[0]) if hidden is None else int(kv_len[row, g])
             if hidden is not None and not selected[g].any() and end - first < pending:
                 continue
             projected[g] = True
             at = torch.arange(first, end, device=x.device)
-            if hidden is None:
-                inputs = x[[n for n, (of, _) in enumerate(places) if of == row]]
-            else:
-                inputs, kv_len[row, g] = hidden[row, at % hidden.shape[1]], end
-            k = project(inputs, g, r)
-            k = k if cos_sin is None else rotate(k, cos_sin[at])
-            k_cache[row, g, at] = k.to(k_cache.dtype)
-            v_cache[row, g, at] = project(inputs, g, r + 1).to(v_cache.dtype)
+            inputs = x[tokens.rows == row] if hidden is None else hidden[row, at % hidden.shape[1]]
+            k_cache[row, g, at] = project(inputs, g, r, at).to(k_cache.dtype)
+            v_cache[row, g, at] = project(inputs, g, r + 1, at).to(v_cache.dtype)
+            if hidden is not None:
+                kv_len[row, g] = end
     if attn_read is not None:
         counts = selected.sum(), selected.any(1).sum(), projected.sum()
         attn_read += torch.tensor([int(count) for count in counts], device=attn_read.device)

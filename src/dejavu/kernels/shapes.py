@@ -9,13 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dejavu.config import ACTIVATIONS
+from dejavu.config import ACTIVATIONS, NORMS
 from dejavu.errors import ConfigError
 from dejavu.kernels.quantized import Quantized, Weight
 from dejavu.kernels.reference import Selection, Tokens
 
 _WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
-_NORMS = ("none", "layer", "rms")
 
 
 def embed(tokens: Tokens, table: Weight) -> None:
@@ -48,7 +47,7 @@ def add_norm(
     for name, vector in (("partial_bias", partial_bias), ("weight", weight), ("bias", bias)):
         if vector is not None:
             _tensor(f"add_norm: {name}", vector, (C,))
-    _true(kind in _NORMS, "add_norm: kind", f"one of {', '.join(_NORMS)}", kind)
+    _true(kind in NORMS, "add_norm: kind", f"one of {', '.join(NORMS)}", kind)
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, tokens: Tokens | None = None) -> None:

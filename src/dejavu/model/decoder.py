@@ -93,16 +93,9 @@ class Decoder:
         """
         assert (mode == "sparse") == (selector is not None)
         ops, c, w = self.ops, self.config, self.weights
-        # Within a selection too, a neuron that stays shut needs no output row.
-        skip_zeros = mode != "dense" and c.activation in ZEROING_ACTIVATIONS
-        x = ops.embed(tokens, w.embed)
-        if w.project_in is not None:
-            x = ops.linear(x, w.project_in, None, tokens)
-        if w.position_table is not None:
-            ops.add_positions(x, tokens, w.position_table, c.position_offset)
+        x = self._embed(tokens)
         if selector is not None:
             selector.begin(x, tokens)
-
         # `x` is the residual stream; `partials` and `bias` are what the last block adds to it.
         partials = bias = None
         for i, layer in enumerate(w.layers):
@@ -117,27 +110,41 @@ class Decoder:
             norm = layer.mlp_norm if c.norm_before else layer.attn_norm
             y = self._norm(x, partials, layer.attn.out_bias, norm, tokens)
             neurons = None if selector is None else selector.neurons(i, y)
-            partials, bias = (
-                ops.mlp(
-                    y,
-                    layer.mlp.rows,
-                    layer.mlp.in_bias,
-                    neurons,
-                    tokens,
-                    activation=c.activation,
-                    threshold=c.activation_threshold,
-                    activate_up=c.activate_up,
-                    skip_zeros=skip_zeros,
-                    rows_read=None if counts is None else counts.rows_read[i],
-                ),
-                layer.mlp.out_bias,
-            )
+            partials, bias = self._mlp(y, layer, tokens, i, neurons, mode, counts), layer.mlp.out_bias
             if not c.norm_before:
                 x, partials, bias = self._norm(y, partials, bias, layer.mlp_norm, tokens), None, None
         y = self._norm(x, partials, bias, w.final_norm, tokens, exists=c.final_norm)
         if w.project_out is not None:
             y = ops.linear(y, w.project_out, None, tokens)
         return ops.linear(y, w.head, None, tokens)
+
+    def _embed(self, tokens: Tokens) -> Tensor:
+        w = self.weights
+        x = self.ops.embed(tokens, w.embed)
+        if w.project_in is not None:
+            x = self.ops.linear(x, w.project_in, None, tokens)
+        if w.position_table is not None:
+            self.ops.add_positions(x, tokens, w.position_table, self.config.position_offset)
+        return x
+
+    def _mlp(
+        self, y: Tensor, layer: Layer, tokens: Tokens, i: int, neurons: Selection, mode: Mode, counts: Counts | None
+    ) -> Tensor:
+        """Partial sums (S, N, C) of the MLP of layer `i`."""
+        c, mlp = self.config, layer.mlp
+        return self.ops.mlp(
+            y,
+            mlp.rows,
+            mlp.in_bias,
+            neurons,
+            tokens,
+            activation=c.activation,
+            threshold=c.activation_threshold,
+            activate_up=c.activate_up,
+            # Within a selection too, a neuron that stays shut needs no output row.
+            skip_zeros=mode != "dense" and c.activation in ZEROING_ACTIVATIONS,
+            rows_read=None if counts is None else counts.rows_read[i],
+        )
 
     def attention_block(
         self,

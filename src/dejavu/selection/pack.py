@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dejavu.artifacts import new_folder, read_json, write_json, write_tensors
-from dejavu.checkpoint.packed import hashes
+from dejavu.checkpoint.saved import hashes
 from dejavu.checkpoint.source import BUNDLED, Checkpoint
 from dejavu.config import ModelConfig
 from dejavu.errors import ConfigError, PackError

@@ -14,7 +14,6 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from dejavu.config import ACTIVATIONS
 from dejavu.device import check_threads, default_threads
 from dejavu.errors import CapacityError, ConfigError, KernelUnavailable
 
@@ -23,8 +22,6 @@ if "DEJAVU_NATIVE" in os.environ:  # a folder with another build of the library,
 from dejavu.kernels.cpu import _native
 from dejavu.kernels.quantized import Quantized, Weight
 from dejavu.kernels.reference import Selection, Tokens
-
-_NORMS = ("none", "layer", "rms")
 
 # Slices of a sum over rows: enough for threads to finish together, few enough that adding them up is cheap
 # (32 slices of C = 4096 are 512 KB). They depend on the shape alone, so results don't depend on threads.
@@ -188,7 +185,9 @@ def add_norm(
     eps: float,
 ) -> Tensor:
     y = torch.empty_like(x)
-    _issue(_native.Tape.add_norm, x, partials, partial_bias, weight, bias, _rows(tokens), y, _NORMS.index(kind), eps)
+    _issue(
+        _native.Tape.add_norm, x, partials, partial_bias, weight, bias, _rows(tokens), y, _native.NORMS.index(kind), eps
+    )
     return y
 
 
@@ -270,7 +269,7 @@ def mlp(
     _issue(
         _native.Tape.mlp,
         *(x, _weights(rows), bias, *_pair(neurons), _rows(tokens), rows_read, partials),
-        *(ACTIVATIONS.index(activation), threshold, activate_up, skip_zeros),
+        *(_native.ACTIVATIONS.index(activation), threshold, activate_up, skip_zeros),
     )
     return partials
 

@@ -20,7 +20,18 @@ from torch import Tensor
 from dejavu.kernels.quantized import Weight
 from dejavu.kernels.reference import Selection, Tokens
 from dejavu.kernels.triton import tuning
-from dejavu.kernels.triton.rows import FEW, PLANES, few_pending, project, project_few, project_many, row_args, spread
+from dejavu.kernels.triton.rows import (
+    FEW,
+    PLANES,
+    bits_of,
+    few_pending,
+    project,
+    project_few,
+    project_many,
+    row_args,
+    spread,
+    words_of,
+)
 from dejavu.kernels.triton.tiles import (
     begin,
     count_in,
@@ -153,11 +164,7 @@ def _attn_qkv(
     C: tl.constexpr,
     CAPACITY: tl.constexpr,
     STRIDE: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    VALUES: tl.constexpr,
-    SCALES: tl.constexpr,
-    ZERO: tl.constexpr,
+    FORM: tl.constexpr,
     BP: tl.constexpr,
     COPY: tl.constexpr,
     BN: tl.constexpr,
@@ -214,7 +221,7 @@ def _attn_qkv(
     if active:
         d, row_mask, rows = _rows(group, part, tile, R, D, STRIDE, BN)
         source = x_ptr if planes_ptr is None else planes_ptr
-        acc = project(source, w_ptr, rows, row_mask, B, C, BITS, GROUP, VALUES, SCALES, ZERO, BP, BN, BC, SPLIT, STAGES)
+        acc = project(source, w_ptr, rows, row_mask, B, C, FORM, BP, BN, BC, SPLIT, STAGES)
         _finish(
             acc, n, cache_rows, positions, cache_rows >= 0, group, part, tile, d, row_mask,
             bias_ptr, cos_sin_ptr, q_ptr, k_ptr, v_ptr, S, G, R, D, BP, BN,
@@ -255,11 +262,7 @@ def _attn_pending(
     C: tl.constexpr,
     CAPACITY: tl.constexpr,
     STRIDE: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    VALUES: tl.constexpr,
-    SCALES: tl.constexpr,
-    ZERO: tl.constexpr,
+    FORM: tl.constexpr,
     BP: tl.constexpr,
     FEW: tl.constexpr,
     FEW_PENDING: tl.constexpr,
@@ -323,7 +326,7 @@ def _attn_pending(
                 _pending(start + 2, newest, x_ptr, planes_ptr, ring_ptr, Q, C, PLANES),
                 _pending(start + 3, newest, x_ptr, planes_ptr, ring_ptr, Q, C, PLANES),
                 live, w_ptr, rows, row_mask, C,
-                BITS, GROUP, VALUES, SCALES, ZERO, FEW, BN, BC, STAGES,
+                FORM, FEW, BN, BC, STAGES,
             )  # fmt: skip
             slot = tl.arange(0, FEW)
             _finish(
@@ -348,7 +351,7 @@ def _attn_pending(
                 source = tl.multiple_of(source, 16)
             sums = project_many(
                 source, there, w_ptr, rows, row_mask, C,
-                BITS, GROUP, VALUES, SCALES, ZERO, SLOTS, BN, SLOT_BC, SPLIT, STAGES,
+                FORM, SLOTS, BN, SLOT_BC, SPLIT, STAGES,
             )  # fmt: skip
             _finish(
                 sums, slot_b, slot_row, token, there, group, part, tile, d, row_mask,
@@ -393,13 +396,13 @@ def attn_qkv(
     def tiles_of(rows: int) -> int:
         return triton.cdiv((D + 1) // 2, rows // 2)
 
-    tiles = tuning.pick("attn_qkv", B, form["BITS"])
+    tiles = tuning.pick("attn_qkv", B, bits_of(form))
     items = capacity + 2 * G if hidden is None else 3 * capacity if B == 1 else capacity
     _attn_qkv[(tiles_of(tiles["BN"]), items)](
         *sources, k_cache, v_cache, idx, count, hidden, kv_len, attn_read, q, COPY=_COPY, **sizes, **tiles
     )
     if hidden is not None:
-        tiles = tuning.pick("attn_pending", B, form["BITS"])
+        tiles = tuning.pick("attn_pending", B, bits_of(form))
         _attn_pending[(min(tiles_of(tiles["BN"]) * 2 * G, tiles.pop("PROGRAMS")),)](
             *sources,
             k_cache,
@@ -414,7 +417,7 @@ def attn_qkv(
             P=pending,
             FEW=FEW,
             FEW_PENDING=few_pending(form),
-            PLANES=PLANES * 2 * form["VALUES"] // 8,
+            PLANES=PLANES * words_of(form),
             SLOTS=_SLOTS[B > 1],
             SLOT_BC=_SLOT_BC,
             **sizes,

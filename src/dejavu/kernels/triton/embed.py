@@ -26,11 +26,7 @@ def _gather(
     ADD: tl.constexpr,
     BC: tl.constexpr,
     STRIDE: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    VALUES: tl.constexpr,
-    SCALES: tl.constexpr,
-    ZERO: tl.constexpr,
+    FORM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     begin(PDL)
@@ -38,7 +34,7 @@ def _gather(
     b = tl.program_id(1)
     mask = cols < C
     row = (tl.load(ids_ptr + b) + offset).to(tl.int64) * STRIDE
-    value = values(table_ptr, row, cols, mask, BITS, GROUP, VALUES, SCALES, ZERO)
+    value = values(table_ptr, row, cols, mask, FORM)
     if ADD:
         value += tl.load(x_ptr + b * C + cols, mask=mask, other=0.0)
     tl.store(x_ptr + b * C + cols, value, mask=mask)

@@ -10,7 +10,7 @@ from torch import Tensor
 from dejavu.kernels.quantized import Weight
 from dejavu.kernels.reference import Tokens
 from dejavu.kernels.triton import tuning
-from dejavu.kernels.triton.rows import project, row_args, spread
+from dejavu.kernels.triton.rows import bits_of, project, row_args, spread
 from dejavu.kernels.triton.tiles import begin, padded_batch
 
 
@@ -24,11 +24,7 @@ def _linear(
     B: tl.constexpr,
     C: tl.constexpr,
     STRIDE: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    VALUES: tl.constexpr,
-    SCALES: tl.constexpr,
-    ZERO: tl.constexpr,
+    FORM: tl.constexpr,
     BP: tl.constexpr,
     BN: tl.constexpr,
     BC: tl.constexpr,
@@ -42,7 +38,7 @@ def _linear(
         n = tile * BN + tl.arange(0, BN)
         y = project(
             x_ptr, w_ptr, n.to(tl.int64) * STRIDE, n < N, B, C,
-            BITS, GROUP, VALUES, SCALES, ZERO, BP, BN, BC, SPLIT, STAGES,
+            FORM, BP, BN, BC, SPLIT, STAGES,
         )  # fmt: skip
         if bias_ptr is not None:
             y += tl.load(bias_ptr + n, mask=n < N, other=0.0)[None, :]
@@ -53,7 +49,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, tokens: Tokens
     """See reference.linear."""
     (B, C), N = x.shape, weight.shape[0]
     data, form = row_args(weight)
-    tiles = tuning.pick("linear", B, form["BITS"])
+    tiles = tuning.pick("linear", B, bits_of(form))
     if B == 1:
         # Short rows, as a predictor's: as many weights in a tile, in more rows.
         width = max(64, min(tiles["BC"], triton.next_power_of_2(C)))

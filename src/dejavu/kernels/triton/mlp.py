@@ -14,7 +14,7 @@ from torch import Tensor
 from dejavu.kernels.quantized import Weight
 from dejavu.kernels.reference import Selection, Tokens
 from dejavu.kernels.triton import tuning
-from dejavu.kernels.triton.rows import project, row_args, spread
+from dejavu.kernels.triton.rows import bits_of, project, row_args, spread
 from dejavu.kernels.triton.sum_rows import sum_rows
 from dejavu.kernels.triton.tiles import begin, padded_batch, selection_args
 
@@ -55,11 +55,7 @@ def _mlp_in(
     ACTIVATE_UP: tl.constexpr,
     SKIP_ZEROS: tl.constexpr,
     STRIDE: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    VALUES: tl.constexpr,
-    SCALES: tl.constexpr,
-    ZERO: tl.constexpr,
+    FORM: tl.constexpr,
     BP: tl.constexpr,
     BN: tl.constexpr,
     BC: tl.constexpr,
@@ -79,7 +75,7 @@ def _mlp_in(
         live = slot < total
         neuron = slot if idx_ptr is None else tl.load(idx_ptr + slot, mask=live, other=0)
         rows = neuron.to(tl.int64) * (PARTS * STRIDE)
-        h = project(x_ptr, w_ptr, rows, live, B, C, BITS, GROUP, VALUES, SCALES, ZERO, BP, BN, BC, SPLIT, STAGES)
+        h = project(x_ptr, w_ptr, rows, live, B, C, FORM, BP, BN, BC, SPLIT, STAGES)
         if bias_ptr is not None:
             h += tl.load(bias_ptr + neuron * (PARTS - 1), mask=live, other=0.0)[None, :]
         mask = (b < B)[:, None] & live[None, :]
@@ -92,7 +88,7 @@ def _mlp_in(
             if opened > 0:
                 up = project(
                     x_ptr, w_ptr, rows + STRIDE, live, B, C,
-                    BITS, GROUP, VALUES, SCALES, ZERO, BP, BN, BC, SPLIT, STAGES,
+                    FORM, BP, BN, BC, SPLIT, STAGES,
                 )  # fmt: skip
                 if bias_ptr is not None:
                     up += tl.load(bias_ptr + neuron * 2 + 1, mask=live, other=0.0)[None, :]
@@ -123,7 +119,7 @@ def mlp(
     """See reference.mlp."""
     (B, C), (N, parts, _) = x.shape, rows.shape
     data, form = row_args(rows)
-    tiles = tuning.pick("mlp_in", B, form["BITS"])
+    tiles = tuning.pick("mlp_in", B, bits_of(form))
     idx, count, capacity = selection_args(neurons, N)
     h = torch.empty(B, N, dtype=torch.float32, device=x.device)
     _mlp_in[(max(1, min(triton.cdiv(capacity, tiles["BN"]), tuning.PROGRAMS)),)](

@@ -4,7 +4,7 @@ Activations are float32 and stay so. A batch of one multiplies and adds in float
 tensor cores, where each activation is split into two numbers of the weights' type whose sum holds it (16 bits of
 mantissa for bfloat16), so that a result is rounded by its accumulation and not by its inputs.
 
-A row is found by an offset: of elements for plain weights, of bytes for quantised ones; STRIDE lies between two rows.
+A row is found by an offset: of elements for plain weights, of bytes for quantised ones.
 Four bits are read as levels u = 0 .. 15 with `w = scale * u + offset`. Without a zero point the sign bits are
 flipped, which makes the offset -8 scales. A batch of one reads words of eight levels, and turns a level into a float32
 without a conversion, by placing it among the bits of a power of two that is taken off again (`level`); the eight
@@ -12,6 +12,8 @@ activations that a word meets are then gathered from planes, where `spread` has 
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -32,19 +34,29 @@ _LINE, _HALF = tl.constexpr(LINE), tl.constexpr(LINE // 2)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-def row_args(weight: Tensor | Quantized) -> tuple[Tensor, dict[str, int]]:
-    """What a kernel needs to read rows: their memory, and constants of their format.
+def row_args(weight: Tensor | Quantized) -> tuple[Tensor, dict[str, Any]]:
+    """What a kernel needs to read rows: their memory, and constants: STRIDE lies between two rows, and FORM is what
+    quantised ones are like (bits, group, bytes of values, bytes of scales, zero point), of 0 bits where they are plain.
 
     Raises: KernelUnavailable for rows of one bit.
     """
     if not isinstance(weight, Quantized):
-        return weight, {"STRIDE": weight.shape[-1], "BITS": 0, "GROUP": 0, "VALUES": 0, "SCALES": 0, "ZERO": False}
+        return weight, {"STRIDE": weight.shape[-1], "FORM": (0, 0, 0, 0, False)}
     form = weight.format
     if form.bits == 1:
         raise KernelUnavailable("the GPU kernels read weights of 4 bits and more; use format int8 or int4")
     values, scales, stride = form.layout(weight.width)
-    sizes = {"STRIDE": stride, "VALUES": values, "SCALES": scales, "ZERO": form.zero_point}
-    return weight.data, sizes | {"BITS": form.bits, "GROUP": form.group}
+    return weight.data, {"STRIDE": stride, "FORM": (form.bits, form.group, values, scales, form.zero_point)}
+
+
+def bits_of(form: dict[str, Any]) -> int:
+    """Of rows whose constants are given; 0: they are plain."""
+    return form["FORM"][0]
+
+
+def words_of(form: dict[str, Any]) -> int:
+    """Words of eight 4-bit values in a row."""
+    return 2 * form["FORM"][2] // 8
 
 
 @triton.jit
@@ -155,12 +167,12 @@ def _spread(
     tl.store(out + 9 * WORDS, high_sum, mask=word < WORDS)
 
 
-def few_pending(form: dict[str, int]) -> int:
+def few_pending(form: dict[str, Any]) -> int:
     """Up to how many pending tokens of one sequence are taken FEW at a time; 4 bits are slow on the tensor cores."""
-    return 64 if form["BITS"] == 4 else 8
+    return 64 if bits_of(form) == 4 else 8
 
 
-def spread(x: Tensor, form: dict[str, int], hidden: Tensor | None = None, tokens: Tokens | None = None) -> Tensor:
+def spread(x: Tensor, form: dict[str, Any], hidden: Tensor | None = None, tokens: Tokens | None = None) -> Tensor:
     """Activations as a batch of one meets words of 4-bit levels; x itself for other rows and batches.
 
     Args:
@@ -170,9 +182,9 @@ def spread(x: Tensor, form: dict[str, int], hidden: Tensor | None = None, tokens
     Returns: (1 or few_pending, PLANES, C / 8) float32, the newest token first: for each word, of byte 0 to 3 the
         activations of its low and its high half, then the sums over the low and the high ones.
     """
-    if form["BITS"] != 4 or len(x) > 1:
+    if bits_of(form) != 4 or len(x) > 1:
         return x
-    words, rows = 2 * form["VALUES"] // 8, 1 if hidden is None else few_pending(form)
+    words, rows = words_of(form), 1 if hidden is None else few_pending(form)
     planes = x.new_empty(rows, PLANES, words)
     places = (None, None, 0) if hidden is None else (tokens.rows, tokens.positions, hidden.shape[1])
     sizes = {"C": x.shape[1], "WORDS": words, "PLANES": PLANES, "BLOCK": _BLOCK}
@@ -186,13 +198,14 @@ def values(
     rows,
     cols,
     mask,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    VALUES: tl.constexpr,
-    SCALES: tl.constexpr,
-    ZERO: tl.constexpr,
+    FORM: tl.constexpr,
 ):
     """Weights one by one, as float32; for where speed doesn't matter."""
+    BITS: tl.constexpr = FORM[0]
+    GROUP: tl.constexpr = FORM[1]
+    VALUES: tl.constexpr = FORM[2]
+    SCALES: tl.constexpr = FORM[3]
+    ZERO: tl.constexpr = FORM[4]
     if BITS == 0:
         return load_once(w_ptr + rows + cols, mask).to(tl.float32)
     elif BITS == 8:
@@ -250,11 +263,7 @@ def project_few(
     rows,
     row_mask,
     C: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    VALUES: tl.constexpr,
-    SCALES: tl.constexpr,
-    ZERO: tl.constexpr,
+    FORM: tl.constexpr,
     FEW: tl.constexpr,
     BN: tl.constexpr,
     BC: tl.constexpr,
@@ -265,6 +274,11 @@ def project_few(
     x0 .. x3: pointers to the rows of activations, of which the first `live` are read, with 4 bits as `spread` has put
     them; rows: (BN,) offsets.
     """
+    BITS: tl.constexpr = FORM[0]
+    GROUP: tl.constexpr = FORM[1]
+    VALUES: tl.constexpr = FORM[2]
+    SCALES: tl.constexpr = FORM[3]
+    ZERO: tl.constexpr = FORM[4]
     if BITS == 4:
         WORDS: tl.constexpr = VALUES // 4
         s0 = tl.zeros((BC // 8, BN), tl.float32)
@@ -321,11 +335,7 @@ def project_many(
     rows,
     row_mask,
     C: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    VALUES: tl.constexpr,
-    SCALES: tl.constexpr,
-    ZERO: tl.constexpr,
+    FORM: tl.constexpr,
     M: tl.constexpr,
     BN: tl.constexpr,
     BC: tl.constexpr,
@@ -337,6 +347,11 @@ def project_many(
     x_rows: (M,) pointers to float32 rows, of which `live` ones are read; rows: (BN,) offsets. The columns are
     multiplied in SPLIT parts, one a warp, so that no warp splits activations that another has split.
     """
+    BITS: tl.constexpr = FORM[0]
+    GROUP: tl.constexpr = FORM[1]
+    VALUES: tl.constexpr = FORM[2]
+    SCALES: tl.constexpr = FORM[3]
+    ZERO: tl.constexpr = FORM[4]
     # With 4 bits a part then lies within one group, so that levels are multiplied and one scale serves the part.
     tl.static_assert(BITS != 4 or BC == _HALF)
     acc = tl.zeros((SPLIT, M, BN), tl.float32)
@@ -374,11 +389,7 @@ def project(
     row_mask,
     B: tl.constexpr,
     C: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    VALUES: tl.constexpr,
-    SCALES: tl.constexpr,
-    ZERO: tl.constexpr,
+    FORM: tl.constexpr,
     BP: tl.constexpr,
     BN: tl.constexpr,
     BC: tl.constexpr,
@@ -389,11 +400,11 @@ def project(
     if B == 1:
         return project_few(
             x_ptr, x_ptr, x_ptr, x_ptr, 1, w_ptr, rows, row_mask, C,
-            BITS, GROUP, VALUES, SCALES, ZERO, 1, BN, BC, STAGES,
+            FORM, 1, BN, BC, STAGES,
         )  # fmt: skip
     else:
         b = tl.arange(0, BP)
         return project_many(
             x_ptr + b * C, b < B, w_ptr, rows, row_mask, C,
-            BITS, GROUP, VALUES, SCALES, ZERO, BP, BN, BC, SPLIT, STAGES,
+            FORM, BP, BN, BC, SPLIT, STAGES,
         )  # fmt: skip

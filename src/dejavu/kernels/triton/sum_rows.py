@@ -16,6 +16,7 @@ from dejavu.kernels.quantized import Weight
 from dejavu.kernels.reference import Selection, Tokens
 from dejavu.kernels.triton import tuning
 from dejavu.kernels.triton.rows import (
+    bits_of,
     group_scales,
     int8_values,
     level,
@@ -94,11 +95,7 @@ def _sum_rows(
     FIRST: tl.constexpr,
     SKIP_ZEROS: tl.constexpr,
     STRIDE: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    VALUES: tl.constexpr,
-    SCALES: tl.constexpr,
-    ZERO: tl.constexpr,
+    FORM: tl.constexpr,
     BP: tl.constexpr,
     LISTED: tl.constexpr,
     BN: tl.constexpr,
@@ -106,6 +103,11 @@ def _sum_rows(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    BITS: tl.constexpr = FORM[0]
+    GROUP: tl.constexpr = FORM[1]
+    VALUES: tl.constexpr = FORM[2]
+    SCALES: tl.constexpr = FORM[3]
+    ZERO: tl.constexpr = FORM[4]
     begin(PDL)
     block = tl.program_id(0)
     cols = block * BC + tl.arange(0, BC)
@@ -149,7 +151,7 @@ def _sum_rows(
                 w = int8_values(load_once(w_ptr + rows[:, None] + cols[None, :], mask)).to(tl.bfloat16)
                 acc = matmul(coef * row_scales(w_ptr, rows, live, VALUES)[None, :], w, acc)
             else:
-                w = values(w_ptr, rows[:, None], cols[None, :], mask, BITS, GROUP, VALUES, SCALES, ZERO)
+                w = values(w_ptr, rows[:, None], cols[None, :], mask, FORM)
                 acc = matmul(coef, w, acc)
         elif BITS == 4:
             one = tl.sum(coef, axis=0)[None, :]
@@ -231,7 +233,7 @@ def sum_rows(
     """
     (B, N), C = coef.shape, weights.shape[-1]
     data, form = row_args(weights)
-    tiles = tuning.pick(op, B, form["BITS"])
+    tiles = tuning.pick(op, B, bits_of(form))
     blocks = triton.cdiv(C, tiles["BC"])
     slices = max(1, tiles.pop("SPLITS") // blocks)
     idx, count, capacity = selection_args(selection, N // unit)

@@ -27,10 +27,10 @@ KEY = "dejavu_quantization"
 SCHEMA_VERSION = 1
 
 
-def packed_settings(checkpoint: Checkpoint) -> tuple[Quantization, str] | None:
+def saved_settings(checkpoint: Checkpoint) -> tuple[Quantization, str] | None:
     """Quantization and dtype of a saved quantised model; None for an ordinary checkpoint.
 
-    Raises: CheckpointError where the key is not what `save_packed` writes.
+    Raises: CheckpointError where the key is not what `save_quantized` writes.
     """
     saved = checkpoint.config.get(KEY)
     if saved is None:
@@ -51,19 +51,19 @@ def packed_settings(checkpoint: Checkpoint) -> tuple[Quantization, str] | None:
 def hashes(checkpoint: Checkpoint) -> Iterator[str]:
     """The hashes of weights for which a pack may have been made: those that this was quantised from, and its own.
 
-    Raises: CheckpointError as packed_settings does.
+    Raises: CheckpointError as saved_settings does.
     """
-    if packed_settings(checkpoint) is not None:
+    if saved_settings(checkpoint) is not None:
         yield checkpoint.config[KEY]["base_hash"]
     yield checkpoint.hash
 
 
-def packed_slots(weights: Weights) -> dict[str, Slot]:
+def saved_slots(weights: Weights) -> dict[str, Slot]:
     """Where each tensor of a saved quantised model goes."""
     return {name: Slot(tensor) for name, tensor in _named(weights)}
 
 
-def save_packed(checkpoint: Checkpoint, weights: Weights, out: Path) -> None:
+def save_quantized(checkpoint: Checkpoint, weights: Weights, out: Path) -> None:
     """Fill a folder with a quantised model.
 
     Args:
