@@ -207,3 +207,13 @@ def test_the_command_itself():
         assert f"Example: dejavu {verb}" in text(verb, "--help")
     result = run("--debug", "generate", "hi", "-n", "0")
     assert isinstance(result.exception, dejavu.DejavuError)
+
+
+def test_of_a_long_calibration_text_no_more_is_read_than_the_policy_looks_at(tmp_path, monkeypatch):
+    file = tmp_path / "long.txt"
+    file.write_text("The café by the river. " * 2000, encoding="utf-8")
+    args = ("generate", PROMPT, "-n", "8", "--policy", "static", "--mlp-density", "0.2", "--calibration", str(file))
+    whole = text(*args)
+    for most in range(40_014, 40_019):  # one of them between the two bytes of an é
+        monkeypatch.setattr("dejavu.cli.generate.CALIBRATION_BYTES", most)
+        assert text(*args) == whole

@@ -209,7 +209,7 @@ def _run(
         embeddings = weights is not None and quantize_embeddings
         return load_engine(name, mode="dense", weights=weights, quantize_embeddings=embeddings, **engine)
 
-    learned = None if calibration is None else "\n".join(text.documents([str(calibration)]))
+    learned = None if calibration is None else text.beginning([str(calibration)])
     engines = make_engines(settings, load, learned)
     first = next(iter(engines.values()))
     job = Evaluation(first, [task for task in tasks.split(",") if task], **documents)
