@@ -186,7 +186,7 @@ def _read_file(path: Path, most: int | None = None) -> str:
             cut = bool(file.read(1))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a text file") from error
-    # A character that was cut in two is left out: it has 4 bytes at most, the first of which is no continuation (10...).
+    # A character cut in two is left out: of its 4 bytes at most, the first alone does not begin with the bits 10.
     for end in range(len(data) - 1, max(len(data) - 4, 0) - 1, -1) if cut else ():
         if data[end] & 0xC0 != 0x80:
             data = data[:end]
