@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from io import BytesIO
-from statistics import mean
 
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+
+from dejavu.profile.explain import mean, with_nan
 
 STYLE = {
     "font.size": 9,
@@ -33,7 +34,8 @@ POLICY_NAMES = {
 def draw(result: dict) -> dict[str, Figure]:
     """All figures that the numbers allow, by name, in the order of the page."""
     with rc_context(STYLE):
-        return {name: figure for name, make in FIGURES.items() if (figure := make(result)) is not None}
+        known = with_nan(result)
+        return {name: figure for name, make in FIGURES.items() if (figure := make(known)) is not None}
 
 
 def render(figure: Figure, kind: str) -> bytes:
