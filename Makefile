@@ -20,8 +20,7 @@ lint: .venv/ready
 # Tests of kernels and of whole steps over a library in which every index and every access is checked, and the test of
 # the threads alone: 5 minutes on two cores. Not part of CI, whose machines may lack the compilers' sanitizers.
 # alloc_dealloc_mismatch: hnswlib's. --capture=sys lets a report through.
-SANITIZED_TESTS := tests/kernels --ignore tests/kernels/triton tests/selection tests/engine/test_step.py \
-  tests/engine/test_quantized.py
+SANITIZED_TESTS := tests/kernels --ignore tests/kernels/triton tests/selection tests/engine/test_step.py
 SANITIZED := -g -O1 -fno-omit-frame-pointer -std=c++17 -pthread native/pool.cpp native/tests/pool_test.cpp
 sanitize: .venv/ready
 	mkdir -p build/sanitize
