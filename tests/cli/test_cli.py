@@ -1,6 +1,7 @@
 """Every verb in process, and every bad input: one line on stderr and a non-zero exit."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,23 @@ def test_info():
 def test_info_says_what_is_stored_and_what_it_is_computed_in(make_checkpoint):
     record = json.loads(text("info", str(make_checkpoint("opt", dtype=torch.float16)), "--json"))
     assert (record["stored"], record["dtype"]) == ("float16", "bfloat16")
+
+
+def test_info_says_whether_a_packs_hash_was_compared(tmp_path):
+    folder = Path(shutil.copytree(Path(dejavu.__file__).parent / "assets/opt-mini-pack", tmp_path / "pack"))
+    assert "verified: manifest and tensors are what was written (sha256)" in text("info", str(folder))
+    assert json.loads(text("info", str(folder), "--json"))["verified"] is True
+
+    # An older pack, without a hash, and with the figures alone that every pack has.
+    manifest = json.loads((folder / "pack.json").read_text())
+    del manifest["sha256"]
+    for point in manifest["points"]:
+        for name in ("mlp_recall", "mlp_precision"):
+            del point["measured"][name]
+    (folder / "pack.json").write_text(json.dumps(manifest | {"schema": 2}))
+    shown = text("info", str(folder))
+    assert "not verified: a pack of this age holds no hash" in shown and "-" in shown
+    assert json.loads(text("info", str(folder), "--json"))["verified"] is False
 
 
 def test_info_never_reads_the_weights(make_checkpoint, monkeypatch):
