@@ -26,7 +26,7 @@ sanitize: .venv/ready
 	mkdir -p build/sanitize
 	$(CXX) -fsanitize=address,undefined -fno-sanitize-recover=all $(SANITIZED) -o build/sanitize/pool
 	build/sanitize/pool
-	$(BIN)/pip install -q cmake "nanobind>=2.4"
+	$(BIN)/pip install -q cmake "nanobind>=2.12"
 	$(BIN)/cmake -S . -B build/sanitize/native -DDEJAVU_CHECK=ON -DDEJAVU_SANITIZE=address,undefined \
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir)
 	$(BIN)/cmake --build build/sanitize/native -j
