@@ -18,9 +18,8 @@ lint: .venv/ready
 	$(BIN)/lint-imports
 
 # Tests of kernels and of whole steps over a library in which every index and every access is checked, and the test of
-# the threads alone: 5 minutes on two cores. Not part of CI, whose machines may lack the compilers' sanitizers.
-# alloc_dealloc_mismatch: hnswlib's. --capture=sys lets a report through.
-SANITIZED_TESTS := tests/kernels --ignore tests/kernels/triton tests/selection tests/engine/test_step.py
+# the threads alone. Not part of CI, whose machines may lack the compilers' sanitizers. --capture=sys lets a report out.
+SANITIZED_TESTS := tests/kernels --ignore tests/kernels/triton tests/engine/test_step.py
 SANITIZED := -g -O1 -fno-omit-frame-pointer -std=c++17 -pthread native/pool.cpp native/tests/pool_test.cpp
 sanitize: .venv/ready
 	mkdir -p build/sanitize
@@ -31,7 +30,7 @@ sanitize: .venv/ready
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir)
 	$(BIN)/cmake --build build/sanitize/native -j
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  DEJAVU_NATIVE=$(CURDIR)/build/sanitize/native $(BIN)/pytest -q -n 0 --capture=sys $(SANITIZED_TESTS)
 
 tsan:
