@@ -128,20 +128,20 @@ def test_tune_on_a_full_disk_leaves_nothing(tmp_path):
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs to mount, so root and unshare")
 @pytest.mark.parametrize("args", [["demo", "-n", "2"], ["generate", "The", "-n", "2", "--pack", "opt-mini"], ["info"]])
-def test_what_only_reads_needs_no_place_to_write_but_a_temporary_one(args):
-    """A system that is read-only but for /tmp, and no home: hashes cannot be remembered, nor bytecode kept."""
+def test_what_only_reads_needs_no_place_to_write_but_a_temporary_one(args, tmp_path):
+    """A system that is read-only but for one folder, and no home: hashes cannot be remembered, nor bytecode kept."""
     script = """
-    mount -t tmpfs none /tmp && mount -o remount,ro,bind / && ! touch here 2> /dev/null || exit 77
+    mount -t tmpfs none "$TMPDIR" && mount -o remount,ro,bind / && ! touch here 2> /dev/null || exit 77
     exec "$@"
     """
-    environment = {k: v for k, v in os.environ.items() if k not in ("DEJAVU_CACHE", "XDG_CACHE_HOME", "TMPDIR")}
+    environment = {k: v for k, v in os.environ.items() if k not in ("DEJAVU_CACHE", "XDG_CACHE_HOME")}
     python = [sys.executable, "-m", "dejavu"]
     run = subprocess.run(
         ["unshare", "-m", "bash", "-c", script, "-", *python, *args],
         capture_output=True,
         text=True,
         cwd="/",
-        env=environment | {"HOME": "/nonexistent"},
+        env=environment | {"HOME": "/nonexistent", "TMPDIR": str(tmp_path)},
     )
     if run.returncode == 77 or "unshare failed" in run.stderr:
         pytest.skip("this system does not let us mount")
