@@ -38,7 +38,7 @@ def idle(monkeypatch):
 
     for place in ("evaluate", "fit", "profile"):
         monkeypatch.setattr(f"dejavu.cli.{place}.load_engine", work)
-    monkeypatch.setattr("dejavu.model.load.load_weights", work)
+    monkeypatch.setattr("dejavu.families.load.load_weights", work)
     monkeypatch.setattr("dejavu.bench.run.measure", work)
 
 
