@@ -8,7 +8,7 @@ import pytest
 
 from dejavu.artifacts import read_json
 from dejavu.errors import ConfigError
-from dejavu.text import documents
+from dejavu.text import beginning, documents, whole_documents
 
 
 def test_files_folders_and_separators(tmp_path):
@@ -77,3 +77,30 @@ def test_byte_order_marks_are_no_text(tmp_path, monkeypatch):
     assert list(documents(["-"])) == ["piped"]
     (tmp_path / "c.json").write_bytes(mark + b'{"a": 1}')
     assert read_json(tmp_path / "c.json") == {"a": 1}
+
+
+def test_a_whole_document_is_read_part_by_part_and_only_as_far_as_it_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("dejavu.text.PIECE_CHARS", 20)
+    first = " \n" + "a" * 12 + "\n" + " " * 40 + "\n" + "b" * 50 + "\n\n"
+    (tmp_path / "a.txt").write_text(first + "<|endoftext|>\n \n<|endoftext|>\nc\n" + "d" * 15 + "<|endoftext|>\n")
+    source = [str(tmp_path / "a.txt")]
+    assert ["".join(parts) for parts in whole_documents(source)] == [first.strip(), "c\n" + "d" * 15 + "<|endoftext|>"]
+    every = whole_documents(source)
+    assert next(next(every)) == "a" * 12
+    assert "".join(next(every)).startswith("c"), "what is left of a document is passed over"
+    (tmp_path / "a.txt").write_text("\n")
+    with pytest.raises(ConfigError, match="holds no text"):
+        list(whole_documents(source))
+
+
+def test_a_text_without_an_end_has_a_beginning(tmp_path, monkeypatch):
+    monkeypatch.setattr("dejavu.text.PIECE_CHARS", 20)
+
+    class Endless(io.StringIO):
+        def readline(self, size):
+            return "one two three\n<|endoftext|>\n"[:size]
+
+    monkeypatch.setattr(sys, "stdin", Endless())
+    assert beginning(["-"]).startswith("one two three\n<|endo")
+    (tmp_path / "a.txt").write_text("one\n<|endoftext|>\ntwo\n")
+    assert beginning([str(tmp_path / "a.txt")]) == "one\ntwo"

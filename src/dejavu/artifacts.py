@@ -52,16 +52,19 @@ def atomic_write(path: str | os.PathLike, mode: Literal["w", "wb"] = "w") -> Ite
 
 
 @contextmanager
-def locked(folder: str | os.PathLike) -> Iterator[Path]:
+def locked(folder: str | os.PathLike, *, shown: Path | None = None) -> Iterator[Path]:
     """Work in a folder that no other process works in; it is made if need be, with its parents.
 
     The lock is one of the operating system on the folder itself: no file is left behind, and it ends with the process,
     however that ends. Where the file system knows no locks (some network ones), a warning says so. A folder that
     was made here and is still empty in the end is removed.
 
+    Args:
+        shown: what errors call it, where it is a place of our own beside what was asked for.
     Raises: ConfigError, at once, where another process works there or the folder cannot be made.
     """
     folder, made = Path(folder), False
+    shown = shown or folder
     while True:
         try:
             if not folder.is_dir():
@@ -70,12 +73,12 @@ def locked(folder: str | os.PathLike) -> Iterator[Path]:
             held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:
             if folder.is_symlink():  # to nothing
-                raise ConfigError(f"{folder}: is a link to nothing; choose another place") from None
+                raise ConfigError(f"{shown}: is a link to nothing; choose another place") from None
             continue  # whoever held it removed it between two calls
         except OSError as error:
-            raise _unwritable(folder, error) from error
+            raise _unwritable(shown, error) from error
         try:
-            _lock(held, folder)
+            _lock(held, shown)
             # Whoever held it before may have removed or renamed it: then the lock is one of a folder that is gone.
             if not _is_at(held, folder):
                 continue
@@ -120,7 +123,7 @@ def new_folder(out: str | os.PathLike) -> Iterator[Path]:
     """
     out = Path(out)
     # What a killed process left is found by its name, and begun anew.
-    with locked(out.with_name(f".{out.name}.tmp")) as temporary:
+    with locked(out.with_name(f".{out.name}.tmp"), shown=out) as temporary:
         check_new(out)
         try:
             _empty(temporary)
@@ -147,6 +150,18 @@ def check_new(out: Path) -> None:
     """Raises: ConfigError where something is at `out`."""
     if out.exists() or out.is_symlink():
         raise ConfigError(f"{out}: is there already, and nothing is overwritten; name another folder, or remove it")
+
+
+def check_folder(folder: Path, *files: str) -> None:
+    """Before any work: a folder that will be written to, and files in it, may be there or not, but as nothing else.
+
+    Raises: ConfigError naming what is there.
+    """
+    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+        raise ConfigError(f"{folder}: is not a folder; choose another place")
+    for path in (folder / name for name in files):
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path}: is not a file, and one is to be written there; choose another folder")
 
 
 def _unwritable(path: Path, error: Exception) -> ConfigError:

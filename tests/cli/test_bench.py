@@ -119,4 +119,4 @@ def test_a_folder_that_cannot_hold_the_record_is_refused_first(monkeypatch, tmp_
     (tmp_path / "bench.jsonl").mkdir()
     monkeypatch.setattr(bench, "decode_times", lambda *args: pytest.fail("measured"))
     done = run(*SHORT, "--peers", "none", "-o", str(tmp_path))
-    assert (done.exit_code, done.stdout) == (1, "") and "cannot be written" in done.stderr
+    assert (done.exit_code, done.stdout) == (1, "") and "bench.jsonl: is not a file" in done.stderr

@@ -1,6 +1,7 @@
 """Every verb in process, and every bad input: one line on stderr and a non-zero exit."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,23 @@ def test_info_says_what_is_stored_and_what_it_is_computed_in(make_checkpoint):
     assert (record["stored"], record["dtype"]) == ("float16", "bfloat16")
 
 
+def test_info_says_whether_a_packs_hash_was_compared(tmp_path):
+    folder = Path(shutil.copytree(Path(dejavu.__file__).parent / "assets/opt-mini-pack", tmp_path / "pack"))
+    assert "verified: manifest and tensors are what was written (sha256)" in text("info", str(folder))
+    assert json.loads(text("info", str(folder), "--json"))["verified"] is True
+
+    # An older pack, without a hash, and with the figures alone that every pack has.
+    manifest = json.loads((folder / "pack.json").read_text())
+    del manifest["sha256"]
+    for point in manifest["points"]:
+        for name in ("mlp_recall", "mlp_precision"):
+            del point["measured"][name]
+    (folder / "pack.json").write_text(json.dumps(manifest | {"schema": 2}))
+    shown = text("info", str(folder))
+    assert "not verified: a pack of this age holds no hash" in shown and "-" in shown
+    assert json.loads(text("info", str(folder), "--json"))["verified"] is False
+
+
 def test_info_never_reads_the_weights(make_checkpoint, monkeypatch):
     monkeypatch.setattr("dejavu.checkpoint.source.Checkpoint.tensors", lambda *_: pytest.fail("weights were read"))
     folder = make_checkpoint("llama", hidden_act="silu")
@@ -207,3 +225,13 @@ def test_the_command_itself():
         assert f"Example: dejavu {verb}" in text(verb, "--help")
     result = run("--debug", "generate", "hi", "-n", "0")
     assert isinstance(result.exception, dejavu.DejavuError)
+
+
+def test_of_a_long_calibration_text_no_more_is_read_than_the_policy_looks_at(tmp_path, monkeypatch):
+    file = tmp_path / "long.txt"
+    file.write_text("The café by the river. " * 2000, encoding="utf-8")
+    args = ("generate", PROMPT, "-n", "8", "--policy", "static", "--mlp-density", "0.2", "--calibration", str(file))
+    whole = text(*args)
+    for most in range(40_014, 40_019):  # one of them between the two bytes of an é
+        monkeypatch.setattr("dejavu.cli.generate.CALIBRATION_BYTES", most)
+        assert text(*args) == whole

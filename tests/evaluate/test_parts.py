@@ -59,6 +59,28 @@ def test_text_is_counted_in_tokens_words_and_bytes(base, tmp_path):
             text_task("two", str(file), base, window, stride)
 
 
+def test_a_token_limit_reads_no_more_of_a_long_document_than_it_needs(base, tmp_path, monkeypatch):
+    file, words = tmp_path / "long.txt", random.Random(0)
+    text = "".join(
+        words.choice(["the river ", "caf\u00e9s, ", "1842 ", "\n\n  ", "unbelievably "]) for _ in range(5000)
+    )
+    file.write_text(text)
+    tokens = (1, 64, 65, 100, 1000)
+    whole = [text_task("long", str(file), base, 64, 32, tokens=n) for n in tokens]
+    plain = base.tokenizer.encode_plain(text.strip(), special=False)
+    assert [i for r in whole[-1].windows for i in r.ids[r.first :]] == plain[:1000]
+
+    monkeypatch.setattr("dejavu.text.PIECE_CHARS", 501)  # cuts words and runs of spaces
+    sizes, encode = [], type(base.tokenizer).encode_plain
+    monkeypatch.setattr(
+        type(base.tokenizer), "encode_plain", lambda self, t, **how: sizes.append(len(t)) or encode(self, t, **how)
+    )
+    assert [text_task("long", str(file), base, 64, 32, tokens=n) for n in tokens] == whole
+    assert max(sizes) < len(text) / 2
+    assert text_task("long", str(file), base, 64, 32, tokens=10**6).tokens == len(plain)
+    assert text_task("long", str(file), base, 64, 32).tokens == len(plain)
+
+
 def test_original_words_count_where_convention_says_so(base, tmp_path):
     file = tmp_path / "wikitext2_test.detok.txt"
     file.write_text("A short text.")

@@ -3,6 +3,7 @@
 import gc
 import inspect
 import os
+import shutil
 import subprocess
 import sys
 
@@ -406,3 +407,14 @@ def test_a_number_of_threads_has_a_bound():
     for n in (0, -1, 8 * os.cpu_count() + 1, 100_000, 1.5, True):
         with pytest.raises(ConfigError, match=f"threads must be an integer from 1 to {8 * os.cpu_count()} "):
             cpu.set_threads(n)
+
+
+def test_another_build_of_the_library_is_really_used(tmp_path):
+    """What `make sanitize` runs; an editable installation would find its own build first."""
+    shutil.copy(cpu._native.__file__, tmp_path)
+    command = [sys.executable, "-c", "from dejavu.kernels import backend, cpu; print(cpu._native.__file__)"]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"DEJAVU_NATIVE": str(tmp_path)})
+    assert os.path.dirname(run.stdout.strip()) == str(tmp_path), run.stderr
+    missing = os.environ | {"DEJAVU_NATIVE": str(tmp_path / "missing")}
+    run = subprocess.run(command, capture_output=True, text=True, env=missing)
+    assert "KernelUnavailable: DEJAVU_NATIVE: expected the library" in run.stderr

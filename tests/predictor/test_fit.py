@@ -1,6 +1,7 @@
 """From a model and text to a pack: what is collected, what a pack does in the step, and that nothing is lost."""
 
 import errno
+import itertools
 import json
 import multiprocessing
 import os
@@ -27,7 +28,7 @@ from dejavu.predictor.fit import fit, needs, tune
 from dejavu.predictor.settings import FitConfig
 from dejavu.selection.manifest import digest
 from dejavu.selection.oracle import OutputNorms
-from dejavu.selection.pack import load_pack
+from dejavu.selection.pack import Pack, load_pack
 from dejavu.selection.predictor import Lookahead, Predictor, PredictorSelector
 from dejavu.selection.selector import Cut
 
@@ -204,6 +205,52 @@ def test_killed_at_ten_random_points_it_ends_with_the_same_pack(make_checkpoint,
         process.join()
     assert killed == 10
     assert same_pack(tmp_path / "whole", tmp_path / "pack")
+
+
+DAMAGES = {
+    "empty": lambda data: b"",
+    "half": lambda data: data[: len(data) // 2],
+    "other": lambda data: b"\x93junk{",
+    "object": lambda data: b"{}",
+    "longer": lambda data: data + b"\0\1\2",
+    "gone": lambda data: None,
+}
+
+
+def test_damaged_work_is_one_clear_line_or_the_same_pack(make_checkpoint, tmp_path, monkeypatch):
+    model = make_checkpoint("opt", vocab_size=16384)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(dejavu.__file__).parent / "assets/opt-mini" / name, model)
+    engine = dejavu.load(model, mode="dense", threads=1)
+    config = FitConfig(tokens=256, window=32, calibration_tokens=128, rank=16, epochs=1, limit=5.0)
+    with monkeypatch.context() as patch:  # it ends when all is done but the pack
+        patch.setattr(Pack, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            fit(engine, TEXT, tmp_path / "pack", config)
+    work, whole = tmp_path / "pack.work", tmp_path / "whole"
+    shutil.copytree(work, whole)
+    fit(engine, TEXT, tmp_path / "pack", config)
+    (tmp_path / "pack").rename(tmp_path / "expected")
+    files = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if path.is_file()]
+    assert len(files) > 10
+    refused = set()
+    for file, (kind, damage) in itertools.product(files, DAMAGES.items()):
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(whole, work)
+        (work / file).unlink()
+        if (data := damage((whole / file).read_bytes())) is not None:
+            (work / file).write_bytes(data)
+        try:
+            fit(engine, TEXT, tmp_path / "pack", config)
+        except ConfigError as error:
+            assert "pack.work" in str(error) and "\n" not in str(error), (file, kind)
+            refused.add((file.name, kind))
+        else:
+            assert same_pack(tmp_path / "expected", tmp_path / "pack"), (file, kind)
+            shutil.rmtree(tmp_path / "pack")
+    for name in ("settings.json", "windows.npy", "calibrated.json", "layer0.safetensors", "norms0.f16", "state.json"):
+        assert {(name, "empty"), (name, "half"), (name, "other"), (name, "object")} <= refused
+    assert ("norms0.f16", "longer") not in refused, "what a kill left beyond the last state is cut off"
 
 
 def test_packs_are_checked(engine, pack_folder, tmp_path, make_checkpoint):

@@ -15,7 +15,9 @@ from dejavu.kernels.quantized import dense
 from dejavu.model.hooks import Hooks
 from dejavu.profile import quality, run
 from dejavu.profile.attention import AttentionMaps
+from dejavu.profile.explain import explain
 from dejavu.profile.figures import FIGURES
+from dejavu.profile.page import write_page
 from dejavu.profile.settings import ProfileConfig
 from dejavu.profile.windows import windows
 from dejavu.text import documents
@@ -293,3 +295,23 @@ def test_perplexities_beyond_numbers_are_told(model, profile, tmp_path, monkeypa
     monkeypatch.setattr(quality, "_loss", lambda decoder, ids, selector: next(calls) * len(ids))
     assert profile(load(model()), quality_tokens=32, overwrite=True)["quality"]["dense"] == pytest.approx(2.8, abs=0.1)
     assert "the oracle has inf" in (tmp_path / "out" / "profile.html").read_text()
+
+
+def test_a_profile_of_unknown_numbers_has_its_page(model, profile, tmp_path):
+    """Norms of a stream of zeros, say, of which ratios are none."""
+    result = profile(load(model()), tokens=64, quality_tokens=0)
+
+    def unknown(value):
+        if isinstance(value, dict):
+            return {key: unknown(v) for key, v in value.items()}
+        return [unknown(v) for v in value] if isinstance(value, list) else None
+
+    parts = ("firing", "mlp_sets", "head_sets")
+    sizes = {part: {"batch_sizes": result[part]["batch_sizes"]} for part in parts}
+    nothing = {part: unknown(result[part]) | sizes.get(part, {}) for part in (*parts, "states", "oracle")}
+    write_page(result | nothing, tmp_path / "out")
+    page = re.sub('src="[^"]*"', "", (tmp_path / "out/profile.html").read_text())
+    assert page.count("unknown") > 10 and not re.search(r"\bnan\b|None", page)
+
+    result["states"]["mlp"]["ratio"][0] = None
+    assert "unknown" not in explain("norms", result)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dejavu.artifacts import locked, to_json, write_json
+from dejavu.artifacts import check_folder, locked, to_json, write_json
 from dejavu.cli.options import Backend, Json, Threads
 from dejavu.config import SelectionConfig
 from dejavu.errors import ConfigError
@@ -16,6 +16,9 @@ from dejavu.errors import ConfigError
 DEFAULT = SelectionConfig()
 # Of the tables where no terminal says how wide it is: names of settings are long.
 WIDTH = 160
+# What --output holds.
+RECORD, PARTIAL = "bench.jsonl", "bench.partial.json"
+FIGURES = tuple(f"{name}.{kind}" for name in ("times", "density", "batch") for kind in ("png", "svg"))
 
 
 def bench(
@@ -80,6 +83,8 @@ def bench(
 
     if model is not None and shape is not None:
         raise typer.BadParameter("give either MODEL or --shape")
+    if output is not None:
+        check_folder(output, RECORD, PARTIAL, *FIGURES)
     ops = load_backend(backend)
     set_threads(ops, threads)
     if ops.device.type != "cpu":
@@ -103,13 +108,12 @@ def bench(
     formats, prompts = weights or [dtype], prompt or [128]
     chosen = settings.grid(modes, selections, formats, batch or [1], prompts, random_predictor=predicted)
     others = _peer_runs(peers, peer_weights or formats, prompts, subject.source.config)
-    partial = None
-    if output is not None:
-        partial = output / "bench.partial.json"
-        _open(output, partial)
+    partial = None if output is None else output / PARTIAL
 
     err = Console(stderr=True)
     with nullcontext() if output is None else locked(output), _Bar(err) as bar:
+        if partial is not None:
+            _open(output, partial)  # not before the lock: it may be another process's
         fields = measure(
             subject,
             ops,
@@ -133,11 +137,11 @@ def bench(
         ids = [engine.config.bos_token_id or 0] * min(prompts)
         fields["overhead_share"] = overhead_share(engine, ids, max(2, new_tokens))  # the prompt gives the first token
     if output is not None:
-        fields = record.append(output / "bench.jsonl", benchmark="bench", **fields)
+        fields = record.append(output / RECORD, benchmark="bench", **fields)
         partial.unlink(missing_ok=True)
         title = f"{subject.title}, {fields['threads']} threads"
         files = report.save(report.figures(fields, title), output)
-        err.print(f"wrote {', '.join(str(file) for file in [*files, output / 'bench.jsonl'])}", highlight=False)
+        err.print(f"wrote {', '.join(str(file) for file in [*files, output / RECORD])}", highlight=False)
     if as_json:
         typer.echo(to_json(fields))
         return
@@ -151,12 +155,9 @@ def bench(
 
 
 def _open(output: Path, partial: Path) -> None:
-    """Make the folder, and see before anything long that what is measured can be kept there."""
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"{output}: is not a folder; choose another place")
+    """See before anything long that what is measured can be kept in the folder."""
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        with open(output / "bench.jsonl", "a", encoding="utf-8"):
+        with open(output / RECORD, "a", encoding="utf-8"):
             pass
     except OSError as error:
         raise ConfigError(f"{output}: cannot be written ({error.strerror}); choose another folder") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dejavu.artifacts import locked, to_json
+from dejavu.artifacts import check_folder, locked, to_json
 from dejavu.cli.options import (
     AttnDensity,
     Backend,
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 # Of the tables where no terminal says how wide it is.
 WIDTH = 160
+# That `compare` draws into its folder.
+FIGURES = ("compare.png", "compare.svg")
 # Between two lines of progress where there is no bar.
 LINE_S = 15
 
@@ -178,7 +180,8 @@ def compare(
     windows = {"text_tokens": text_tokens, "window": window, "stride": stride}
     run = {"path": path, "batch": batch, "output": output, "overwrite": overwrite, "speed": speed}
     every = [parse_setting(s) for s in settings]
-    result = _run(model, every, engine, quantize_embeddings, calibration, tasks, documents | windows, run)
+    drawn = FIGURES if speed else ()
+    result = _run(model, every, engine, quantize_embeddings, calibration, tasks, documents | windows, run, drawn)
     figures = []
     if output is not None and speed:
         from dejavu.evaluate.report import save_figure
@@ -196,11 +199,16 @@ def _run(
     tasks: str,
     documents: dict,
     run: dict,
+    figures: Sequence[str] = (),
 ) -> dict:
-    """Load what the settings need and evaluate, with a progress bar. Returns: results.json."""
+    """Load what the settings need and evaluate, with a progress bar. Returns: results.json.
+
+    figures: files that the caller will write into the output folder.
+    """
     from dejavu import text
     from dejavu.checkpoint.source import BUNDLED
-    from dejavu.evaluate.run import Evaluation
+    from dejavu.evaluate.run import RESULT_FILE, Evaluation
+    from dejavu.evaluate.scores import SCORES_FILE
     from dejavu.evaluate.settings import identify, make_engines
 
     name = model or BUNDLED
@@ -209,14 +217,18 @@ def _run(
         embeddings = weights is not None and quantize_embeddings
         return load_engine(name, mode="dense", weights=weights, quantize_embeddings=embeddings, **engine)
 
-    learned = None if calibration is None else "\n".join(text.documents([str(calibration)]))
-    engines = make_engines(settings, load, learned)
-    first = next(iter(engines.values()))
-    job = Evaluation(first, [task for task in tasks.split(",") if task], **documents)
+    # The place comes first: one that cannot be written, or where another process works, is found before any work.
+    if run["output"] is not None:
+        check_folder(run["output"], SCORES_FILE, RESULT_FILE, *figures)
     try:
-        place = nullcontext() if run["output"] is None else locked(run["output"])
-        with place, _progress() as (progress, stage):
-            return job.run(engines, identity=identify(name, first, settings), progress=progress, stage=stage, **run)
+        with nullcontext() if run["output"] is None else locked(run["output"]):
+            learned = None if calibration is None else text.beginning([str(calibration)])
+            engines = make_engines(settings, load, learned)
+            first = next(iter(engines.values()))
+            job = Evaluation(first, [task for task in tasks.split(",") if task], **documents)
+            made_of = identify(name, first, settings)
+            with _progress() as (progress, stage):
+                return job.run(engines, identity=made_of, progress=progress, stage=stage, **run)
     except KeyboardInterrupt:
         kept = "nothing was kept (give --output)" if run["output"] is None else "the same command goes on from there"
         typer.echo(f"stopped; {kept}", err=True)

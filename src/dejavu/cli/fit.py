@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dejavu.artifacts import to_json
+from dejavu.artifacts import check_folder, check_new, locked, to_json
 from dejavu.cli.options import Dtype, Json, Revision, Threads, load_engine
 from dejavu.config import parse_share
 from dejavu.errors import ConfigError
@@ -87,6 +87,11 @@ def fit(
     for name, limit in given.items():
         asked |= {"bound": name, "limit": limit}
     config = FitConfig(**{name: value for name, value in asked.items() if value is not None})
+    check_new(out)
+    work = out.with_name(f"{out.name}.work")
+    check_folder(work)
+    with locked(work):
+        pass  # whoever works there is found before the model is loaded
     engine = load_engine(model, mode="dense", dtype=dtype, threads=threads, revision=revision, backend="cpu")
     err = Console(stderr=True, highlight=False)
     need = needs(engine, config)
@@ -125,6 +130,7 @@ def tune(
     """
     from dejavu.predictor.fit import tune as run
 
+    check_new(out)
     _finish(run(pack, out, parse_share(max_ppl_increase)), out, as_json)
 
 
@@ -150,8 +156,11 @@ def _finish(pack: Pack, out: Path, as_json: bool) -> None:
     show(pack, str(out), as_json)
 
 
-def show(pack: Pack, name: str, as_json: bool) -> None:
-    """Print what a pack holds: its frontier, with the default marked."""
+def show(pack: Pack, name: str, as_json: bool, verified: bool | None = None) -> None:
+    """Print what a pack holds: its frontier, with the default marked.
+
+    verified: whether its hash is that of its files, which an old pack lacks; None says nothing of it.
+    """
     facts = {
         "pack": name,
         "base": dict(pack.base),
@@ -160,6 +169,7 @@ def show(pack: Pack, name: str, as_json: bool) -> None:
         "default": pack.default,
         "points": [dict(point.measured) for point in pack.points],
         "made": dict(pack.made),
+        **({} if verified is None else {"verified": verified}),
     }
     if as_json:
         typer.echo(to_json(facts))
@@ -177,10 +187,16 @@ def show(pack: Pack, name: str, as_json: bool) -> None:
             "default" if number == pack.default else "",
             f"{m['ppl_increase']:+.2%}",
             f"{m['kl']:.4f}",
-            *(f"{m[key]:.1%}" for key in ("mlp_density", "mlp_recall", "mlp_precision", "attn_density")),
+            *(f"{m[k]:.1%}" if k in m else "-" for k in ("mlp_density", "mlp_recall", "mlp_precision", "attn_density")),
             decimal(round(m["bytes"])),
         )
     Console(width=110).print(table)
+    if verified is not None:
+        typer.echo(
+            "verified: manifest and tensors are what was written (sha256)"
+            if verified
+            else "not verified: a pack of this age holds no hash of its files"
+        )
     checked = pack.made.get("checked")
     if checked:
         typer.echo(f"default, on text that it was not chosen by: perplexity {checked['ppl_increase']:+.2%}")

@@ -36,6 +36,8 @@ from dejavu.config import SamplingParams, parse_share
 from dejavu.errors import ConfigError
 
 DEFAULT = SamplingParams()
+# Of a calibration text: far more than the static policy looks at.
+CALIBRATION_BYTES = 1 << 20
 # How the hub writes a model's name.
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -118,7 +120,7 @@ def generate(
             selection=selection,
             pack=pack,
             quality=parse_share(quality),
-            calibration=None if calibration is None else _read_file(calibration),
+            calibration=None if calibration is None else _read_file(calibration, CALIBRATION_BYTES),
             dtype=dtype,
             weights=weights,
             quantize_embeddings=quantize_embeddings,
@@ -176,11 +178,20 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     return prompt
 
 
-def _read_file(path: Path) -> str:
+def _read_file(path: Path, most: int | None = None) -> str:
+    """The text of a file, or of its first `most` bytes."""
     try:
-        return _text(path.read_bytes(), str(path))
+        with path.open("rb") as file:
+            data = file.read(-1 if most is None else most)
+            cut = bool(file.read(1))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a text file") from error
+    # A character cut in two is left out: of its 4 bytes at most, the first alone does not begin with the bits 10.
+    for end in range(len(data) - 1, max(len(data) - 4, 0) - 1, -1) if cut else ():
+        if data[end] & 0xC0 != 0x80:
+            data = data[:end]
+            break
+    return _text(data, str(path))
 
 
 def _text(data: bytes, source: str) -> str:

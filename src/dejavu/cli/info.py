@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dejavu.artifacts import to_json
+from dejavu.artifacts import read_json, to_json
 from dejavu.cli.options import Dtype, Json, QuantizeEmbeddings, Revision, WeightsFormat
 
 SIZES = (
@@ -35,7 +35,7 @@ def info(
 ) -> None:
     """Show a model's family, sizes, supported modes, and the bytes that decoding one token reads.
 
-    Reads config.json and the tensors' headers, never the weights.
+    Reads config.json and the tensors' headers, never the weights; of a pack everything, to compare its hash.
 
     Example: dejavu info facebook/opt-1.3b --dtype bf16
     """
@@ -48,9 +48,10 @@ def info(
 
     if model is not None and (Path(model) / "pack.json").exists():
         from dejavu.cli.fit import show
-        from dejavu.selection.pack import load_pack
+        from dejavu.selection.pack import MANIFEST, load_pack
 
-        show(load_pack(model), model, as_json)
+        pack = load_pack(model)  # which reads everything, and compares the hash where there is one
+        show(pack, model, as_json, "sha256" in read_json(Path(model) / MANIFEST))
         return
     checkpoint = open_checkpoint(model or BUNDLED, revision=revision)
     config, plan, names = plan_weights(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -60,9 +61,12 @@ def profile(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from dejavu.artifacts import locked
+    from dejavu.artifacts import check_folder, locked
     from dejavu.checkpoint.source import BUNDLED, open_checkpoint
+    from dejavu.profile.explain import HEADINGS
+    from dejavu.profile.run import RESULT_FILE
     from dejavu.profile.run import profile as run
+    from dejavu.profile.state import STATE_FILE
 
     given = {"errors": error and tuple(error), "densities": density and tuple(density)}
     settings = ProfileConfig(
@@ -74,11 +78,16 @@ def profile(
         **{name: value for name, value in given.items() if value is not None},
     )
     name = model or BUNDLED
-    engine = load_engine(name, mode="dense", dtype=dtype, threads=threads, backend="cpu", revision=revision)
+    drawn = [f"{figure}.{kind}" for figure in HEADINGS for kind in ("png", "svg")]
+    check_folder(output, STATE_FILE, RESULT_FILE, "profile.html", *drawn)
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     try:
-        with locked(output), Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        # The place comes first: one that cannot be written, or where another process works, is found before any work.
+        with ExitStack() as stack:
+            stack.enter_context(locked(output))
+            engine = load_engine(name, mode="dense", dtype=dtype, threads=threads, backend="cpu", revision=revision)
+            bar = stack.enter_context(Progress(*columns, console=console, disable=not console.is_terminal))
             tasks = {}
 
             def show(stage: str, done: int, total: int) -> None:
@@ -126,5 +135,5 @@ def _table(r: dict):
     return table
 
 
-def _percent(values: list[float]) -> list[str]:
-    return [f"{value:.1%}" for value in values]
+def _percent(values: list[float | None]) -> list[str]:
+    return ["-" if value is None else f"{value:.1%}" for value in values]

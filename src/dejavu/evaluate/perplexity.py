@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from dejavu.engine.engine import Engine
 from dejavu.engine.scoring import Request
+from dejavu.engine.tokenizer import Tokenizer
 from dejavu.errors import ConfigError
-from dejavu.text import documents
+from dejavu.text import whole_documents
 
 DEFINITION = (
     "exp(-sum of log p / count), count: scored tokens, words (runs of non-space characters) or UTF-8 bytes of the "
@@ -51,7 +53,7 @@ def text_task(
     """Cut a text into windows.
 
     Args:
-        source: see dejavu.text.documents; here a long document stays whole.
+        source: see dejavu.text.documents; here a long document stays whole. No further is read than needed.
         window: tokens that the model reads at a time.
         stride: tokens that a window scores, all but the first window of a document; at most `window`.
         limit: documents at most.
@@ -64,20 +66,40 @@ def text_task(
             f"expected 1 <= stride <= window <= {context}, the model's context; found stride {stride}, window {window}"
         )
     requests, words, size, left = [], 0, 0, tokens
-    for count, document in enumerate(documents([source], whole=True)):
-        if count == limit or left == 0:
-            break
-        ids = engine.tokenizer.encode_plain(document, special=False)
+    for parts in islice(whole_documents([source]), limit):
+        document, ids = _encode(engine.tokenizer, parts, left)
         if left is not None and len(ids) > left:
             ids = ids[:left]
             document = engine.tokenizer.decode(ids)
         left = None if left is None else left - len(ids)
         words, size = words + len(document.split()), size + len(document.encode())
         requests += windows([engine.tokenizer.prefix_id, *ids], window, stride)
+        if left == 0:
+            break
     if not requests:
         raise ConfigError(f"{source}: the tokenizer makes no token of this text")
     complete = limit is None and tokens is None
     return TextTask(name, tuple(requests), ORIGINAL_WORDS.get(name, words) if complete else words, size)
+
+
+def _encode(tokenizer: Tokenizer, parts: Iterator[str], tokens: int | None) -> tuple[str, list[int]]:
+    """A document and its ids: all of it, or a beginning that has more than `tokens` ids and the right ones up to there.
+
+    The beginning has twice as many. A word that it cuts in two has other ids than in the document, but those come last.
+    """
+    read: list[str] = []
+    size = enough = 0
+    for part in parts:
+        read.append(part)
+        size += len(part)
+        if tokens is not None and size >= enough:
+            text = "".join(read)
+            ids = tokenizer.encode_plain(text, special=False)
+            if len(ids) > 2 * tokens:
+                return text, ids
+            enough = 2 * size
+    text = "".join(read)
+    return text, tokenizer.encode_plain(text, special=False)
 
 
 def windows(ids: Sequence[int], window: int, stride: int) -> list[Request]:

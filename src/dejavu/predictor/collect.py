@@ -58,7 +58,7 @@ def collect(
     if state.exists():
         saved = read_json(state)
         done, sizes = saved.get("windows"), saved.get("bytes")
-        if type(done) is not int or not isinstance(sizes, dict):
+        if type(done) is not int or not isinstance(sizes, dict) or {type(n) for n in sizes.values()} - {int}:
             raise ConfigError(f"{state}: is damaged (expected windows and bytes); remove {folder.parent} to begin anew")
         for name, size in sizes.items():
             found = (folder / name).stat().st_size if (folder / name).exists() else 0
@@ -67,12 +67,14 @@ def collect(
                     f"{folder / name}: is damaged (expected {size} bytes, found {found}); remove {folder.parent} to "
                     "begin anew"
                 )
+            with open(folder / name, "ab") as file:
+                file.truncate(size)
     if done >= count:
         return
     recorder = _Recorder(decoder, folder, label_error)
     for path in recorder.paths():
-        with open(path, "ab") as file:
-            file.truncate(sizes.get(path.name, 0))
+        if path.name not in sizes:
+            path.write_bytes(b"")
     for number, ids in enumerate(texts):
         if number >= count:
             break

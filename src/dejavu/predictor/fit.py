@@ -93,7 +93,7 @@ def _run(
         pack.save(out)
     except OSError as error:
         raise ConfigError(
-            f"{work.folder}: cannot be written ({error}); free some space, and the same call goes on"
+            f"{work.folder}: cannot be read or written ({error}); free some space, and the same call goes on"
         ) from error
     shutil.rmtree(work.folder)
     return pack
@@ -172,7 +172,7 @@ class _Work:
             wanted = _collected_windows(self._config) + 2 * self._judged_windows, self._config.window
             if windows.shape != wanted:
                 raise ValueError(f"expected {wanted[0]} windows of {wanted[1]} tokens")
-        except (ValueError, EOFError) as error:
+        except (ValueError, EOFError, OSError) as error:
             raise _damaged(path, error) from error
         return windows[first : first + count].tolist()
 
@@ -201,7 +201,7 @@ class _Work:
                 write_tensors(path, tensors)
             try:
                 tensors = load_file(path)
-            except (SafetensorError, ValueError) as error:
+            except (SafetensorError, ValueError, OSError) as error:
                 raise _damaged(path, error) from error
             for block, part in ((2 * layer, "heads"), (2 * layer + 1, "neurons")):
                 parameters = (tensors.get(f"{part}.{name}") for name in ("down", "up", "bias"))

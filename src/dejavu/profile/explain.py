@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from math import inf
-from statistics import mean, median
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from math import inf, isnan, nan
 
 HEADINGS = {
     "oracle_density": "How few units are enough",
@@ -20,7 +21,32 @@ HEADINGS = {
 
 def explain(name: str, result: dict) -> str:
     """Two sentences of plain English on the figure of that name."""
-    return _SENTENCES[name](result)
+    return re.sub(r"\bnan\b%?", "unknown", _SENTENCES[name](with_nan(result)))
+
+
+def with_nan(result: dict) -> dict:
+    """The result with nan for the numbers of lists that JSON holds as null, so that it can be reckoned with.
+
+    Perplexities stay as they are: there null is what is too large for a number.
+    """
+    return {key: value if key == "quality" else _with_nan(value) for key, value in result.items()}
+
+
+def _with_nan(value):
+    if isinstance(value, dict):
+        return {key: _with_nan(v) for key, v in value.items()}
+    return [nan if v is None else _with_nan(v) for v in value] if isinstance(value, list) else value
+
+
+def mean(values: Sequence[float]) -> float:
+    """Over the values that are known."""
+    known = [v for v in values if not isnan(v)]
+    return statistics.mean(known) if known else nan
+
+
+def _median(values: Sequence[float]) -> float:
+    known = [v for v in values if not isnan(v)]
+    return statistics.median(known) if known else nan
 
 
 def _oracle(r: dict) -> str:
@@ -31,7 +57,7 @@ def _oracle(r: dict) -> str:
     )
     if r["firing"] is None:
         return f"{first} No activation is exactly zero here ({r['activation']}), so any neuron left out costs a little."
-    most = max(range(r["layers"]), key=mlp.__getitem__)
+    most = max(range(r["layers"]), key=lambda layer: -1 if isnan(mlp[layer]) else mlp[layer])
     return (
         f"{first} {mean(r['firing']['density']):.1%} of the neurons are not zero at all; layer {most} needs the most "
         f"of its neurons, {mlp[most]:.1%}."
@@ -89,9 +115,9 @@ def _union(r: dict) -> str:
 def _similarity(r: dict) -> str:
     cosine = r["states"]["cosine"]
     next_to = [cosine[i][i + 1] for i in range(r["layers"] - 1)]
-    least = min(range(len(next_to)), key=next_to.__getitem__)
+    least = min(range(len(next_to)), key=lambda i: inf if isnan(next_to[i]) else next_to[i])
     return (
-        f"The inputs of neighbouring layers have a cosine similarity of {median(next_to):.3f} (median over layers), "
+        f"The inputs of neighbouring layers have a cosine similarity of {_median(next_to):.3f} (median over layers), "
         f"those of the first and the last layer {cosine[0][-1]:.3f}. The stream turns most in layer {least} "
         f"({next_to[least]:.3f})."
     )
@@ -100,7 +126,7 @@ def _similarity(r: dict) -> str:
 def _norms(r: dict) -> str:
     a, m = r["states"]["attention"], r["states"]["mlp"]
     return (
-        f"Attention adds {median(a['ratio']):.2f} and the MLP {median(m['ratio']):.2f} of the stream's norm (median "
+        f"Attention adds {_median(a['ratio']):.2f} and the MLP {_median(m['ratio']):.2f} of the stream's norm (median "
         f"over layers). The stream's norm is {a['x_norm'][0]:.3g} before the first layer and {m['x_norm'][-1]:.3g} "
         "before the last MLP."
     )

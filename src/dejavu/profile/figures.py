@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from io import BytesIO
-from statistics import mean
 
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+
+from dejavu.profile.explain import mean, with_nan
 
 STYLE = {
     "font.size": 9,
@@ -33,7 +34,8 @@ POLICY_NAMES = {
 def draw(result: dict) -> dict[str, Figure]:
     """All figures that the numbers allow, by name, in the order of the page."""
     with rc_context(STYLE):
-        return {name: figure for name, make in FIGURES.items() if (figure := make(result)) is not None}
+        known = with_nan(result)
+        return {name: figure for name, make in FIGURES.items() if (figure := make(known)) is not None}
 
 
 def render(figure: Figure, kind: str) -> bytes:
@@ -113,7 +115,8 @@ def union(r: dict) -> Figure:
         chance = [mean(1 - (1 - density) ** size for density in of["density"]) for size in of["batch_sizes"]]
         axis.plot(of["batch_sizes"], chance, color="black", ls="--", lw=1, label="by chance, mean")
         axis.set(title=title, xlabel="batch size (random tokens together)", ylabel="union density", ylim=(0, 1.02))
-        axis.set_xscale("log", base=2)
+        if chance[0] > 0:  # matplotlib scales by what it can draw
+            axis.set_xscale("log", base=2)
         axis.set_xticks(of["batch_sizes"], [str(size) for size in of["batch_sizes"]])
         _percent(axis.yaxis)
         axis.legend(title="layer", ncol=2)
@@ -147,7 +150,8 @@ def norms(r: dict) -> Figure:
         axis.plot(of["x_norm"], marker="o", ms=3, label="||X||, the stream before")
         axis.plot(of["f_norm"], marker="o", ms=3, label="||F(X)||, what the block adds")
         _layers(axis, f"Around the {_block(block)}", "mean norm")
-        axis.set_yscale("log")
+        if any(norm > 0 for norm in of["x_norm"] + of["f_norm"]):  # matplotlib scales by what it can draw
+            axis.set_yscale("log")
         ratio = axis.twinx()
         ratio.plot(of["ratio"], color="gray", ls=":", label="mean of ||F(X)|| / ||X|| (right)")
         ratio.set_ylim(0)

@@ -7,9 +7,12 @@ native call with the GIL released.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
 
 import torch
 from torch import Tensor
@@ -18,7 +21,12 @@ from dejavu.device import check_threads, default_threads
 from dejavu.errors import CapacityError, ConfigError, KernelUnavailable
 
 if "DEJAVU_NATIVE" in os.environ:  # a folder with another build of the library, under sanitizers say
-    __path__.insert(0, os.environ["DEJAVU_NATIVE"])
+    # Not by __path__: the finder of an editable installation comes before it, and knows its own library only.
+    found = PathFinder.find_spec(f"{__name__}._native", [os.environ["DEJAVU_NATIVE"]])
+    if found is None:
+        raise KernelUnavailable(f"DEJAVU_NATIVE: expected the library _native in {os.environ['DEJAVU_NATIVE']}")
+    sys.modules[found.name] = module_from_spec(found)
+    found.loader.exec_module(sys.modules[found.name])
 from dejavu.kernels.cpu import _native
 from dejavu.kernels.quantized import Quantized, Weight
 from dejavu.kernels.reference import Selection, Tokens
