@@ -130,11 +130,11 @@ def test_predictors_of_random_weights_keep_the_densities_and_count(subject):
 def test_layers_past_the_crossover_are_shown(subject, monkeypatch):
     from dataclasses import replace
 
-    from dejavu.bench import decode
+    from dejavu.engine import crossover
     from dejavu.engine.crossover import Costs
 
     neurons_never_pay = Costs((0, 1), 2, (9, 1, 1), (1, 1))
-    monkeypatch.setattr(decode, "measure_costs", lambda *args: neurons_never_pay)
+    monkeypatch.setattr(crossover, "measure_costs", lambda *args: neurons_never_pay)
     # A single row obeys its selection whatever it costs.
     chosen = [Setting("sparse", replace(SPARSE, crossover=True), batch=batch, prompt=4) for batch in (1, 2)]
     fields = measure(subject, backend("cpu"), chosen, new_tokens=2, repeat=1)
