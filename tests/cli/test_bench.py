@@ -64,7 +64,7 @@ def test_a_model_shows_a_table_and_its_overhead():
         (("--peers", "hf-eager", "--peer-weights", "int4"), "offers weights bf16, fp32 here"),
         (("--mode", "sparse", "--mlp-density", "0"), "mlp_density must be in (0, 1], found 0"),
         (("--mode", "sparse", "--attn-density", "1.5"), "attn_density must be in (0, 1], found 1.5"),
-        (("--mode", "sparce"), "'sparce' is not one of this model's: dense, exact, sparse"),
+        (("--mode", "sparce"), "mode 'sparce' does not exist; choose one of: auto, dense, exact, sparse"),
         (("--shape", "tiny", "--prompt", "64"), "more than the model's context of 64"),
         (("--weights", "int3"), "weights 'int3' are not supported"),
         (("--policy", "static", "--mode", "sparse"), "policy static needs a text"),

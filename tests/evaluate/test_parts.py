@@ -100,7 +100,7 @@ def test_settings_from_text():
 @pytest.mark.parametrize("text, message", [
     ("fast", "'fast' is neither a mode"), ("mode=", "neither"), ("mlp=0.1", "mlp goes with a policy"),
     ("exact,quality=1%", "quality goes with a pack"), ("pack=a,policy=oracle", "either a pack or a policy"),
-    ("dense,dense", "given twice"), ("policy=best", "policy 'best' does not exist"), ("sparse", "needs a pack or"),
+    ("dense,dense", "given twice"), ("policy=best", "policy 'best' does not exist"), ("sparse", "needs a selection"),
     ("policy=oracle,mlp=ten", "expected a share"), ("exact,policy=oracle", "no other mode takes one"),
 ])  # fmt: skip
 def test_bad_settings_are_named(text, message):

@@ -156,5 +156,5 @@ def test_any_arguments_run_rightly_or_are_refused(isa):
 def test_quantised_weights_are_checked_by_the_shape_of_what_they_stand_for():
     weight = quantize(torch.randn(V, C), RowFormat.parse("int8"))
     backend("cpu").linear(torch.randn(1, C), weight)
-    with pytest.raises(ConfigError, match=r"linear: weight: expected \(N, 13\) float32, found \(7, 12\)"):
+    with pytest.raises(ConfigError, match=r"linear: weight: expected \(M, 13\) float32, found \(7, 12\)"):
         backend("cpu").linear(torch.randn(1, C + 1), weight)

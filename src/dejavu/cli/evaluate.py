@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -109,11 +109,23 @@ def evaluate(
 
     Example: dejavu eval --mode exact --tasks piqa --data-dir data/eval --limit 200
     """
+    chosen = {"mlp_density": mlp_density, "attn_density": attn_density, "kv": kv, "calibration": calibration}
+    settings = _settings(mode, pack, quality, policy, weights, chosen)
+    engine = {"dtype": dtype, "threads": threads, "backend": backend, "revision": revision}
+    documents = {"data_dir": data_dir, "texts": text or (), "num_fewshot": num_fewshot, "limit": limit}
+    windows = {"text_tokens": text_tokens, "window": window, "stride": stride}
+    run = {"path": path, "batch": batch, "output": output, "overwrite": overwrite, "speed": speed}
+    result = _run(model, settings, engine, quantize_embeddings, calibration, tasks, documents | windows, run)
+    _show(result, output, as_json, [])
+
+
+def _settings(
+    mode: str, pack: str | None, quality: str | None, policy: str | None, weights: str | None, chosen: dict[str, Any]
+) -> list[Setting]:
+    """Dense, and beside it what was asked for. chosen: what make_selection takes with a policy."""
     from dejavu.evaluate.settings import Setting
 
-    selection = make_selection(
-        policy, calibration=calibration, mlp_density=mlp_density, attn_density=attn_density, kv=kv
-    )
+    selection = make_selection(policy, **chosen)
     if pack is not None:
         if policy is not None:
             raise ConfigError("give either --pack or --policy")
@@ -122,22 +134,11 @@ def evaluate(
         raise ConfigError("--quality chooses among a pack's settings: name a --pack")
     if mode == "auto":
         mode = "dense" if selection is None else "sparse"
-    name = (
-        mode
-        if selection is None
-        else f"pack {pack}"
-        if pack
-        else f"{policy} {selection.mlp_density:g}/{selection.attn_density:g}"
-    )
+    name = mode if selection is None else f"pack {pack}"
+    if policy is not None:
+        name = f"{policy} {selection.mlp_density:g}/{selection.attn_density:g}"
     settings = [Setting("dense", weights=weights)]
-    if mode != "dense":
-        settings.append(Setting(mode, selection, weights, name))
-    engine = {"dtype": dtype, "threads": threads, "backend": backend, "revision": revision}
-    documents = {"data_dir": data_dir, "texts": text or (), "num_fewshot": num_fewshot, "limit": limit}
-    windows = {"text_tokens": text_tokens, "window": window, "stride": stride}
-    run = {"path": path, "batch": batch, "output": output, "overwrite": overwrite, "speed": speed}
-    result = _run(model, settings, engine, quantize_embeddings, calibration, tasks, documents | windows, run)
-    _show(result, output, as_json, [])
+    return settings if mode == "dense" and selection is None else [*settings, Setting(mode, selection, weights, name)]
 
 
 def compare(

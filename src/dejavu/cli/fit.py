@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dejavu.artifacts import check_folder, check_new, locked, to_json
-from dejavu.cli.options import Dtype, Json, Revision, Threads, load_engine
+from dejavu.cli.options import Dtype, Json, Revision, Threads, load_engine, stage_bars
 from dejavu.config import parse_share
 from dejavu.errors import ConfigError
 
 if TYPE_CHECKING:
+    from dejavu.predictor.settings import FitConfig
     from dejavu.selection.pack import Pack
 
 STAGES = ("collect", "train", "calibrate")
@@ -56,21 +57,10 @@ def fit(
 
     Example: dejavu fit facebook/opt-1.3b --text corpus.txt -o opt-1.3b-pack
     """
-    from rich.console import Console
-    from rich.filesize import decimal
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from dejavu.predictor.fit import fit as run
-    from dejavu.predictor.fit import needs
     from dejavu.predictor.settings import FitConfig
-    from dejavu.text import documents
 
     if stage not in (None, *STAGES):
         raise ConfigError(f"stage {stage!r} does not exist; choose one of: {', '.join(STAGES)}")
-    bounds = {"ppl_increase": parse_share(max_ppl_increase), "kl": max_kl, "mlp_density": target_density}
-    given = {name: limit for name, limit in bounds.items() if limit is not None}
-    if len(given) > 1:
-        raise ConfigError("give one bound: --max-ppl-increase, --max-kl or --target-density")
     asked = {
         "tokens": tokens,
         "calibration_tokens": calibration_tokens,
@@ -83,39 +73,56 @@ def fit(
         "epochs": epochs,
         "seed": seed,
         "train": not no_train,
+        **_bound(ppl_increase=parse_share(max_ppl_increase), kl=max_kl, mlp_density=target_density),
     }
-    for name, limit in given.items():
-        asked |= {"bound": name, "limit": limit}
     config = FitConfig(**{name: value for name, value in asked.items() if value is not None})
+    pack = _run(model, {"dtype": dtype, "threads": threads, "revision": revision}, text, check_text, out, config, stage)
+    if pack is not None:
+        _finish(pack, out, as_json)
+
+
+def _bound(**bounds: float | None) -> dict[str, str | float]:
+    """The one bound that was asked for, as FitConfig takes it; none: its default."""
+    given = {name: limit for name, limit in bounds.items() if limit is not None}
+    if len(given) > 1:
+        raise ConfigError("give one bound: --max-ppl-increase, --max-kl or --target-density")
+    return {key: value for name, limit in given.items() for key, value in (("bound", name), ("limit", limit))}
+
+
+def _run(
+    model: str,
+    how: dict[str, Any],
+    text: list[str],
+    check_text: list[str] | None,
+    out: Path,
+    config: FitConfig,
+    stage: str | None,
+) -> Pack | None:
+    """The job, with bars on stderr. how: as load_engine takes it."""
+    from rich.console import Console
+    from rich.filesize import decimal
+
+    from dejavu.predictor.fit import fit as run
+    from dejavu.predictor.fit import needs
+    from dejavu.text import documents
+
     check_new(out)
     work = out.with_name(f"{out.name}.work")
     check_folder(work)
     with locked(work):
         pass  # whoever works there is found before the model is loaded
-    engine = load_engine(model, mode="dense", dtype=dtype, threads=threads, revision=revision, backend="cpu")
-    err = Console(stderr=True, highlight=False)
+    engine = load_engine(model, mode="dense", backend="cpu", **how)
     need = needs(engine, config)
-    err.print(
+    Console(stderr=True, highlight=False).print(
         f"fit needs up to {decimal(need['disk'])} of disk and {decimal(need['memory'])} of memory beside the model"
     )
-    columns = TextColumn("{task.description:10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=err, disable=not err.is_terminal) as bar:
-        tasks: dict[str, int] = {}
-
-        def progress(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = bar.add_task(name, total=total)
-            bar.update(tasks[name], completed=done)
-
-        try:
+    try:
+        with stage_bars() as progress:
             judging = documents(check_text) if check_text else None
-            pack = run(engine, documents(text), out, config, check=judging, stage=stage, progress=progress)
-        except KeyboardInterrupt:
-            bar.stop()
-            typer.echo(f"stopped; the same command goes on from what {out}.work holds", err=True)
-            raise typer.Exit(130) from None
-    if pack is not None:
-        _finish(pack, out, as_json)
+            return run(engine, documents(text), out, config, check=judging, stage=stage, progress=progress)
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; the same command goes on from what {out}.work holds", err=True)
+        raise typer.Exit(130) from None
 
 
 def tune(

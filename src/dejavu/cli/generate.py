@@ -6,8 +6,9 @@ import os
 import re
 import sys
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -42,25 +43,43 @@ CALIBRATION_BYTES = 1 << 20
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
+# Options that Engine.load takes by the same names.
+_LOADED = ("mode", "pack", "dtype", "weights", "quantize_embeddings", "threads", "backend", "revision")
+
+Model = Annotated[str | None, typer.Argument(help="A folder or hub id. [default: the bundled model]")]
+PromptText = Annotated[str | None, typer.Argument(help="The text to continue; - reads it from stdin.")]
+PromptFile = Annotated[Path | None, typer.Option(help="Read the prompt from a UTF-8 file.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write to a file, whole or not at all.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="At most.")]
+Temperature = Annotated[float, typer.Option(help="0: always the likeliest token.")]
+TopK = Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens.")]
+TopP = Annotated[float, typer.Option(help="Sample among the fewest tokens that reach this sum.")]
+MinP = Annotated[float, typer.Option(help="Drop tokens below this share of the likeliest.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: tokens that occurred become less likely.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end.")]
+Logprobs = Annotated[
+    int | None, typer.Option(help="With --json: log-probabilities, and this many alternatives a token.")
+]
+ShowStats = Annotated[bool, typer.Option("--stats", help="Show times, bytes read and densities on stderr.")]
+
+
 def generate(
-    model: Annotated[str | None, typer.Argument(help="A folder or hub id. [default: the bundled model]")] = None,
-    prompt: Annotated[str | None, typer.Argument(help="The text to continue; - reads it from stdin.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a UTF-8 file.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to a file, whole or not at all.")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="At most.")] = DEFAULT.max_new_tokens,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = DEFAULT.temperature,
-    top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens.")] = DEFAULT.top_k,
-    top_p: Annotated[float, typer.Option(help="Sample among the fewest tokens that reach this sum.")] = DEFAULT.top_p,
-    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the likeliest.")] = DEFAULT.min_p,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1: tokens that occurred become less likely.")
-    ] = DEFAULT.repetition_penalty,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = DEFAULT.seed,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end.")] = DEFAULT.ignore_eos,
-    logprobs: Annotated[
-        int | None, typer.Option(help="With --json: log-probabilities, and this many alternatives a token.")
-    ] = DEFAULT.logprobs,
+    model: Model = None,
+    prompt: PromptText = None,
+    prompt_file: PromptFile = None,
+    output: Output = None,
+    max_new_tokens: MaxNewTokens = DEFAULT.max_new_tokens,
+    temperature: Temperature = DEFAULT.temperature,
+    top_k: TopK = DEFAULT.top_k,
+    top_p: TopP = DEFAULT.top_p,
+    min_p: MinP = DEFAULT.min_p,
+    repetition_penalty: RepetitionPenalty = DEFAULT.repetition_penalty,
+    seed: Seed = DEFAULT.seed,
+    stop: Stop = None,
+    ignore_eos: IgnoreEos = DEFAULT.ignore_eos,
+    logprobs: Logprobs = DEFAULT.logprobs,
     mode: Mode = "auto",
     pack: Pack = None,
     quality: Quality = None,
@@ -75,7 +94,7 @@ def generate(
     threads: Threads = None,
     backend: Backend = "auto",
     revision: Revision = None,
-    stats: Annotated[bool, typer.Option("--stats", help="Show times, bytes read and densities on stderr.")] = False,
+    stats: ShowStats = False,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt; the text comes on stdout as it is made.
@@ -88,45 +107,33 @@ def generate(
 
     Example: dejavu generate facebook/opt-1.3b - --temperature 0.8 --seed 1 < prompt.txt
     """
+    given = locals()  # all options, before anything is added to them
     if logprobs is not None and not as_json:
         raise typer.BadParameter("--logprobs shows only with --json")
     if prompt_file is None and prompt is None:
         model, prompt = _sole_word(model)
     prompt = _read_prompt(prompt, prompt_file)
-    params = SamplingParams(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=tuple(stop or ()),
-        ignore_eos=ignore_eos,
-        logprobs=logprobs,
-    )
-    selection = make_selection(
-        policy, calibration=calibration, mlp_density=mlp_density, attn_density=attn_density, kv=kv
-    )
+    sampling = {field.name: given[field.name] for field in fields(SamplingParams)}
+    _run(model, prompt, SamplingParams(**sampling | {"stop": tuple(stop or ())}), given)
+
+
+def _run(model: str | None, prompt: str, params: SamplingParams, given: dict[str, Any]) -> None:
+    """Load, and write the text as it comes. given: what `generate` was given, by its names."""
     from dejavu.checkpoint.source import BUNDLED
 
+    output, as_json, calibration = given["output"], given["as_json"], given["calibration"]
+    densities = {name: given[name] for name in ("mlp_density", "attn_density", "kv")}
+    selection = make_selection(given["policy"], calibration=calibration, **densities)
+    settings = {name: given[name] for name in _LOADED} | {"quality": parse_share(given["quality"])}
     if output is not None and output.is_dir():
         raise ConfigError(f"{output}: is a folder; name a file to write")
     # The output is opened first: a place that cannot be written is found before anything long begins.
     with nullcontext(sys.stdout) if output is None else atomic_write(output) as out:
         engine = load_engine(
             model or BUNDLED,
-            mode=mode,
             selection=selection,
-            pack=pack,
-            quality=parse_share(quality),
             calibration=None if calibration is None else _read_file(calibration, CALIBRATION_BYTES),
-            dtype=dtype,
-            weights=weights,
-            quantize_embeddings=quantize_embeddings,
-            threads=threads,
-            backend=backend,
-            revision=revision,
+            **settings,
         )
         result = None
         try:
@@ -144,7 +151,7 @@ def generate(
             out.write(to_json(record | {"prompt": prompt} | result.to_dict()) + "\n")
     if result is None:
         raise typer.Exit(130)
-    if stats:
+    if given["stats"]:
         from rich.console import Console
 
         Console(stderr=True).print(stats_table({engine.mode: result.stats}))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from dejavu.artifacts import to_json
-from dejavu.cli.options import Dtype, Json, Revision, Threads, load_engine
+from dejavu.cli.options import Dtype, Json, Revision, Threads, load_engine, stage_bars
 from dejavu.profile.settings import ProfileConfig
 
 DEFAULT = ProfileConfig()
@@ -57,17 +56,6 @@ def profile(
     """
     if not text:
         raise typer.BadParameter("give --text: a file, a folder, - for stdin, or hf:ID")
-    # Imported here, because PyTorch takes seconds to import.
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from dejavu.artifacts import check_folder, locked
-    from dejavu.checkpoint.source import BUNDLED, open_checkpoint
-    from dejavu.profile.explain import HEADINGS
-    from dejavu.profile.run import RESULT_FILE
-    from dejavu.profile.run import profile as run
-    from dejavu.profile.state import STATE_FILE
-
     given = {"errors": error and tuple(error), "densities": density and tuple(density)}
     settings = ProfileConfig(
         tokens=tokens,
@@ -77,42 +65,48 @@ def profile(
         seed=seed,
         **{name: value for name, value in given.items() if value is not None},
     )
-    name = model or BUNDLED
-    drawn = [f"{figure}.{kind}" for figure in HEADINGS for kind in ("png", "svg")]
-    check_folder(output, STATE_FILE, RESULT_FILE, "profile.html", *drawn)
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    try:
-        # The place comes first: one that cannot be written, or where another process works, is found before any work.
-        with ExitStack() as stack:
-            stack.enter_context(locked(output))
-            engine = load_engine(name, mode="dense", dtype=dtype, threads=threads, backend="cpu", revision=revision)
-            bar = stack.enter_context(Progress(*columns, console=console, disable=not console.is_terminal))
-            tasks = {}
-
-            def show(stage: str, done: int, total: int) -> None:
-                if stage not in tasks:
-                    tasks[stage] = bar.add_task(stage)
-                bar.update(tasks[stage], completed=done, total=total)
-
-            result = run(
-                engine,
-                text,
-                output,
-                settings,
-                name=name,
-                checkpoint_hash=open_checkpoint(name, revision=revision).hash,
-                overwrite=overwrite,
-                progress=show,
-            )
-    except KeyboardInterrupt:
-        typer.echo(f"stopped; the same command goes on from what {output} holds", err=True)
-        raise typer.Exit(130) from None
+    result = _run(model, {"dtype": dtype, "threads": threads}, revision, text, output, settings, overwrite)
     if as_json:
         typer.echo(to_json(result))
         return
+    from rich.console import Console
+
     Console().print(_table(result))
     typer.echo(f"{output}/profile.html shows the figures")
+
+
+def _run(
+    model: str | None,
+    how: dict[str, Any],
+    revision: str | None,
+    text: list[str],
+    output: Path,
+    settings: ProfileConfig,
+    overwrite: bool,
+) -> dict:
+    """The job, with bars on stderr. how: as load_engine takes it."""
+    # Imported here, because PyTorch takes seconds to import.
+    from dejavu.artifacts import check_folder, locked
+    from dejavu.checkpoint.source import BUNDLED, open_checkpoint
+    from dejavu.profile.explain import HEADINGS
+    from dejavu.profile.run import RESULT_FILE
+    from dejavu.profile.run import profile as run
+    from dejavu.profile.state import STATE_FILE
+
+    name = model or BUNDLED
+    drawn = [f"{figure}.{kind}" for figure in HEADINGS for kind in ("png", "svg")]
+    check_folder(output, STATE_FILE, RESULT_FILE, "profile.html", *drawn)
+    try:
+        # The place comes first: one that cannot be written, or where another process works, is found before any work.
+        with locked(output):
+            engine = load_engine(name, mode="dense", backend="cpu", revision=revision, **how)
+            checkpoint_hash = open_checkpoint(name, revision=revision).hash
+            about = {"name": name, "checkpoint_hash": checkpoint_hash, "overwrite": overwrite}
+            with stage_bars() as progress:
+                return run(engine, text, output, settings, progress=progress, **about)
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; the same command goes on from what {output} holds", err=True)
+        raise typer.Exit(130) from None
 
 
 def _table(r: dict):

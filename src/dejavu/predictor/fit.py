@@ -287,15 +287,7 @@ class _Work:
             points = {price: measure(judge, "", price) for price in map(search.price, LADDER)}
             # The density falls as the price rises; what else may be bound rises.
             falls = config.bound == "mlp_density"
-            preferred = sorted(points, reverse=not falls)
-            best = next((p for p in preferred if self._within(points[p])), None)
-            if best is None:
-                raise self._unreachable(points.values())
-            worst = next(iter(preferred[: preferred.index(best)][-1:]), None)
-            for _ in range(HALVINGS if worst is not None else 0):
-                middle = float(np.sqrt(best * worst))
-                points[middle] = measure(judge, "", middle)
-                best, worst = (middle, worst) if self._within(points[middle]) else (best, middle)
+            self._narrow(points, falls, lambda price: measure(judge, "", price))
             # The text that judged so far also chose. Other text has the last word, and steps back if it must.
             del judge
             judge = calibrate.Judge(self._decoder, self._windows(first + self._judged_windows, self._judged_windows))
@@ -307,6 +299,18 @@ class _Work:
             else:
                 raise self._unreachable(checked.values())
         return self._pack(predictors, points, price, checked[price], options)
+
+    def _narrow(self, points: dict[float, Point], falls: bool, measure: Callable[[float], Point]) -> None:
+        """Measure prices between the best that keeps the bound and the next that breaks it. Raises: as `calibrate`."""
+        preferred = sorted(points, reverse=not falls)
+        best = next((p for p in preferred if self._within(points[p])), None)
+        if best is None:
+            raise self._unreachable(points.values())
+        worst = next(iter(preferred[: preferred.index(best)][-1:]), None)
+        for _ in range(HALVINGS if worst is not None else 0):
+            middle = float(np.sqrt(best * worst))
+            points[middle] = measure(middle)
+            best, worst = (middle, worst) if self._within(points[middle]) else (best, middle)
 
     def _within(self, point: Point) -> bool:
         return point.measured[self._config.bound] <= self._config.limit

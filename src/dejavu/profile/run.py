@@ -59,14 +59,7 @@ def profile(
     started, decoder = perf_counter(), engine.decoder
     settings.check(decoder.config)
     sentence = _sentence(engine, settings.sentence)
-    identity = {
-        "model": name,
-        "checkpoint_hash": checkpoint_hash,
-        "dtype": str(engine.dtype).removeprefix("torch."),
-        **asdict(settings),
-    }
-    # As JSON would give it back, so that it compares equal.
-    identity = {key: list(value) if isinstance(value, tuple) else value for key, value in identity.items()}
+    identity = _identity(engine, settings, name, checkpoint_hash)
     state = State(identity, Statistics.empty(decoder.config, len(settings.errors)))
     _open_folder(out, state, overwrite)
     before = state.seconds
@@ -94,6 +87,13 @@ def profile(
 
     write_page(result, out)
     return result
+
+
+def _identity(engine: Engine, settings: ProfileConfig, name: str, checkpoint_hash: str) -> dict:
+    """What a profile is of, as JSON would give it back, so that it compares equal."""
+    dtype = str(engine.dtype).removeprefix("torch.")
+    identity = {"model": name, "checkpoint_hash": checkpoint_hash, "dtype": dtype, **asdict(settings)}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in identity.items()}
 
 
 def _open_folder(out: Path, state: State, overwrite: bool) -> None:
