@@ -33,6 +33,7 @@ class DecodeStep:
             capturable runs between the kernels of every step.
         counts: to which what is read is added; None: of its own.
         captured: record the step where it can be; False: call its ops one by one.
+        shares: a step that never runs at the same time; memory may then serve both.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class DecodeStep:
         selector: Selector | None = None,
         counts: Counts | None = None,
         captured: bool = True,
+        shares: DecodeStep | None = None,
     ):
         self._decoder, self.cache, self.size, self._mode, self._selector = decoder, cache, size, mode, selector
         self.counts = counts or Counts(decoder.config, decoder.device)
@@ -56,7 +58,7 @@ class DecodeStep:
         self._recording: Recording | None = None
         self._greedy: Recording | None = None
         if captured and can_capture(decoder, selector):
-            self._capture()
+            self._capture(None if shares is None else shares._recording)
 
     def run(self, ids: Sequence[int], rows: Sequence[int]) -> Tensor:
         """Read tokens, each behind what its row holds; the rows then hold them too.
@@ -119,7 +121,7 @@ class DecodeStep:
         if self._greedy is None:
             self._inputs.rows.fill_(-1)
             with torch.inference_mode():
-                self._greedy = ops.record(self._choose, self._rehearsal)
+                self._greedy = ops.record(self._choose, self._rehearsal, self._recording)
         self._feed()
         waiting = None
         try:
@@ -191,11 +193,11 @@ class DecodeStep:
         text = [*self.cache.tokens(rows[bad]), *(i for i, row in zip(ids, rows, strict=True) if row == rows[bad])]
         return trace(self._decoder, torch.tensor(text)) or not_finite(f"the {self._mode} step")
 
-    def _capture(self) -> None:
+    def _capture(self, shares: Recording | None) -> None:
         logits: list[Tensor] = []
         with torch.inference_mode():
             work = lambda: logits.append(self._step(self._inputs))  # noqa: E731
-            self._recording = self._decoder.ops.record(work, self._rehearsal)
+            self._recording = self._decoder.ops.record(work, self._rehearsal, shares)
         self._logits = logits[-1]
 
     @contextmanager
@@ -212,9 +214,9 @@ class DecodeStep:
 
 
 class Steps:
-    """Decode steps of 1, 2, 4, 8 ... tokens over one cache, each made when it is first needed.
+    """Decode steps of 1, 2, 4, 8 ... tokens over one cache, each made when it is first needed; they take turns.
 
-    `counts` are of all of them.
+    `counts` are of all of them, and a GPU's memory for what lies between the kernels serves them all.
 
     Args:
         decoder, cache, mode, captured: as DecodeStep takes them.
@@ -251,7 +253,7 @@ class Steps:
             if whole := self._parts(size):
                 selector = selector.without(whole)
             settings = self._decoder, self.cache, size, self._mode, selector, self.counts, self._captured
-            self._steps[size] = DecodeStep(*settings)
+            self._steps[size] = DecodeStep(*settings, next(iter(self._steps.values()), None))
         return self._steps[size]
 
     def restart(self) -> None:

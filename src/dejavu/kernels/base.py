@@ -86,13 +86,18 @@ class Backend:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def record(
-        self, work: Callable[[], object], rehearse: Callable[[], AbstractContextManager] = nullcontext
+        self,
+        work: Callable[[], object],
+        rehearse: Callable[[], AbstractContextManager] = nullcontext,
+        shares: Recording | None = None,
     ) -> Recording:
         """Record the ops that `work` calls; `replay` runs them, and nothing has run before it.
 
         Args:
             rehearse: a context in which `work` may run once before, without a trace: a GPU's kernels are compiled at
                 their first call, which cannot be recorded.
+            shares: another recording, which never runs at the same time: what both need only while they run may lie in
+                the same memory.
         """
         raise NotImplementedError(f"backend {self.name} records nothing")
 

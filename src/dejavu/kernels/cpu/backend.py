@@ -22,7 +22,7 @@ class CpuBackend(Backend):
     num_threads = staticmethod(cpu.num_threads)
     isa, isas, set_isa = staticmethod(cpu.isa), staticmethod(cpu.isas), staticmethod(cpu.set_isa)
 
-    def record(self, work, rehearse=None):
+    def record(self, work, rehearse=None, shares=None):
         with cpu.capture() as capture:
             work()
         return capture.graph

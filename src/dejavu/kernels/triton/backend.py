@@ -12,7 +12,7 @@ from dejavu.kernels.quantized import Quantized
 
 
 class TritonBackend(Backend):
-    """Ops run on the current GPU, in order; a recorded step is one CUDA graph, in a memory pool of its own."""
+    """Ops run on the current GPU, in order; a recorded step is one CUDA graph."""
 
     name = "triton"
     device = torch.device(ops.DEVICE)
@@ -28,10 +28,10 @@ class TritonBackend(Backend):
     read_bandwidth = staticmethod(ops.read_bandwidth)
     sequential = staticmethod(ops.sequential)
 
-    def record(self, work, rehearse=nullcontext):
+    def record(self, work, rehearse=nullcontext, shares=None):
         with rehearse():
             work()
-        with ops.capture() as capture:
+        with ops.capture(shares) as capture:
             work()
         return capture.graph
 

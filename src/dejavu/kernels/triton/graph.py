@@ -30,14 +30,14 @@ class Capture:
 
 
 @contextmanager
-def capture() -> Iterator[Capture]:
-    """Record the ops called inside as one CUDA graph, in a memory pool of its own.
+def capture(shares: Graph | None = None) -> Iterator[Capture]:
+    """Record the ops called inside as one CUDA graph, in the memory pool of `shares`; None: in one of its own.
 
     Nothing runs until `.graph.replay()`. Run the same step once before: kernels are compiled at their first call, which
     cannot be captured. Raises: KernelUnavailable, by the first op that would have to be.
     """
     holder = Capture(Graph())
-    with torch.cuda.graph(holder.graph):
+    with torch.cuda.graph(holder.graph, pool=None if shares is None else shares.pool()):
         yield holder
 
 
