@@ -299,6 +299,18 @@ def test_graph_equals_eager_and_keeps_its_tensors():
         assert torch.equal(out, step())
 
 
+def test_no_python_code_runs_inside_of_the_library(monkeypatch):
+    """It takes an exception for a failed conversion, and tries another: a Ctrl-C in there would be lost."""
+
+    def struck(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.Tensor, "__dlpack__", struck)
+    x, weight = torch.ones(1, 32), torch.ones(4, 32)
+    assert cpu.linear(x, weight, torch.zeros(4)).tolist() == [[32.0] * 4]
+    torch.testing.assert_close(cpu.linear(x, quantize(weight, RowFormat.parse("int8"))), torch.full((1, 4), 32.0))
+
+
 def test_capture_runs_nothing():
     x = torch.randn(1, 8)
     before = x.clone()

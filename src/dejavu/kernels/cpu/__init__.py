@@ -16,6 +16,7 @@ from importlib.util import module_from_spec
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack
 
 from dejavu.device import check_threads, default_threads
 from dejavu.errors import CapacityError, ConfigError, KernelUnavailable
@@ -77,9 +78,15 @@ def _issue(op: Callable, *args) -> None:
     graph = _recording.get()
     tape = _native.Tape() if graph is None else graph.tape
     with _refusals():
-        op(tape, *args)
+        op(tape, *map(_handed, args))
     if graph is None:
         tape.replay()
+
+
+def _handed(value: object) -> object:
+    """An argument as the native library takes it. It would ask a tensor for its memory through Python code, and a
+    Ctrl-C that struck in there would be taken for a failed attempt and forgotten."""
+    return to_dlpack(value) if isinstance(value, Tensor) else value
 
 
 @contextmanager
@@ -158,9 +165,9 @@ def _pair(selection: Selection) -> tuple[Tensor | None, Tensor | None]:
 def _weights(weight: Weight) -> _native.Weights:
     with _refusals():
         if not isinstance(weight, Quantized):
-            return _native.Weights(weight)
+            return _native.Weights(_handed(weight))
         form = weight.format
-        return _native.Weights(weight.data, weight.width, form.bits, form.group, form.zero_point)
+        return _native.Weights(_handed(weight.data), weight.width, form.bits, form.group, form.zero_point)
 
 
 def _row_bytes(weight: Weight) -> int:
