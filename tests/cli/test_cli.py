@@ -153,6 +153,14 @@ def test_generate_refuses_a_damaged_model(make_checkpoint):
     assert "config.json: expected JSON" in error("info", str(folder))
 
 
+def test_a_prompt_longer_than_any_is_not_read_to_its_end(tmp_path, monkeypatch):
+    file = tmp_path / "long.txt"
+    with file.open("wb") as out:
+        out.truncate(1 << 30)
+    monkeypatch.setattr("dejavu.cli.generate.load_engine", lambda *_, **__: pytest.fail("the model was loaded"))
+    assert "long.txt: more than 64 MiB, longer than any context" in error("generate", "--prompt-file", str(file))
+
+
 def test_generate_refuses_bytes_that_are_no_text(tmp_path):
     file = tmp_path / "latin1.txt"
     file.write_bytes("café".encode("latin-1"))

@@ -34,11 +34,13 @@ from dejavu.cli.options import (
     stats_table,
 )
 from dejavu.config import SamplingParams, parse_share
-from dejavu.errors import ConfigError
+from dejavu.errors import CapacityError, ConfigError
 
 DEFAULT = SamplingParams()
 # Of a calibration text: far more than the static policy looks at.
 CALIBRATION_BYTES = 1 << 20
+# Of a prompt: more than the longest context holds.
+PROMPT_BYTES = 64 << 20
 # How the hub writes a model's name.
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -132,7 +134,7 @@ def _run(model: str | None, prompt: str, params: SamplingParams, given: dict[str
         engine = load_engine(
             model or BUNDLED,
             selection=selection,
-            calibration=None if calibration is None else _read_file(calibration, CALIBRATION_BYTES),
+            calibration=None if calibration is None else _read_beginning(calibration),
             **settings,
         )
         result = None
@@ -165,7 +167,7 @@ def _sole_word(word: str | None) -> tuple[str | None, str | None]:
     # os.path, since pathlib raises for a prompt too long for a name, or one that begins with ~.
     folder = word is not None and os.path.isfile(os.path.join(os.path.expanduser(word), CONFIG))
     if folder or word == BUNDLED or HUB_ID.fullmatch(word or ""):
-        piped = None if sys.stdin.isatty() else _text(sys.stdin.buffer.read(), "stdin")
+        piped = None if sys.stdin.isatty() else _piped()
         if piped:
             return word, piped
         if folder:
@@ -177,28 +179,42 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if prompt_file is not None:
         if prompt is not None:
             raise typer.BadParameter("give either PROMPT or --prompt-file")
-        prompt = _read_file(prompt_file)
+        prompt = _whole(_read(prompt_file, PROMPT_BYTES + 1), str(prompt_file))
     elif prompt == "-" or (prompt is None and not sys.stdin.isatty()):
-        prompt = _text(sys.stdin.buffer.read(), "stdin")
+        prompt = _piped()
     elif prompt is None:
         raise typer.BadParameter("give a PROMPT, or - to read it from stdin")
     return prompt
 
 
-def _read_file(path: Path, most: int | None = None) -> str:
-    """The text of a file, or of its first `most` bytes."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(-1 if most is None else most)
-            cut = bool(file.read(1))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a text file") from error
+def _piped() -> str:
+    return _whole(sys.stdin.buffer.read(PROMPT_BYTES + 1), "stdin")
+
+
+def _whole(data: bytes, source: str) -> str:
+    """The text of a prompt, all of it. Raises: CapacityError where there is more than PROMPT_BYTES."""
+    if len(data) > PROMPT_BYTES:
+        raise CapacityError(f"{source}: more than {PROMPT_BYTES >> 20} MiB, longer than any context; shorten it")
+    return _text(data, source)
+
+
+def _read_beginning(path: Path) -> str:
+    """The text of a file's first CALIBRATION_BYTES."""
+    data = _read(path, CALIBRATION_BYTES + 1)
     # A character cut in two is left out: of its 4 bytes at most, the first alone does not begin with the bits 10.
-    for end in range(len(data) - 1, max(len(data) - 4, 0) - 1, -1) if cut else ():
+    for end in range(CALIBRATION_BYTES, CALIBRATION_BYTES - 4, -1) if len(data) > CALIBRATION_BYTES else ():
         if data[end] & 0xC0 != 0x80:
             data = data[:end]
             break
     return _text(data, str(path))
+
+
+def _read(path: Path, most: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(most)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a text file") from error
 
 
 def _text(data: bytes, source: str) -> str:

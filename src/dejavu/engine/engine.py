@@ -260,6 +260,11 @@ class Engine:
     def _prompt_ids(self, prompt: str | list[int]) -> list[int]:
         V, context = self.config.vocab_size, self._context
         text = isinstance(prompt, str)
+        if text and len(prompt) > (most := self.tokenizer.chars(context)):  # before minutes go by over a huge one
+            raise CapacityError(
+                f"the prompt has {len(prompt):,} characters, and the {context} tokens of the model's context hold at "
+                f"most {most:,}; shorten it"
+            )
         ids = self.tokenizer.encode(prompt) if text else prompt
         if not ids:
             raise ConfigError("the prompt is empty; give at least one token")
