@@ -10,6 +10,8 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
+from math import prod
+from threading import local
 from time import perf_counter
 from types import ModuleType
 from typing import Any, Protocol
@@ -17,9 +19,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dejavu.device import check_threads
+from dejavu.device import check_threads, multiplies_bf16
 from dejavu.kernels import reference, shapes
-from dejavu.kernels.quantized import Quantized, Weight
+from dejavu.kernels.quantized import Weight
 from dejavu.kernels.reference import Tokens
 
 # Weights that `matmul` converts to float32 at a time on a CPU: 64 MB.
@@ -80,6 +82,7 @@ class Backend:
 
     def __init__(self, ops: ModuleType = reference):
         self._ops = ops
+        self._kept = local()
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Uninitialised memory for weights and caches."""
@@ -148,17 +151,37 @@ class Backend:
 
     # Many tokens at once: matrix products.
 
-    def plain(self, weight: Weight, dtype: torch.dtype) -> Tensor:
-        """Weights for `matmul`, in `dtype`; quantised ones in float32, which is how the ops of a step see them."""
-        return weight.dequantize(torch.float32) if isinstance(weight, Quantized) else weight
+    def product_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """In what activations are multiplied fastest with weights of a dtype; sums are float32 all the same."""
+        return torch.bfloat16 if dtype == torch.bfloat16 and multiplies_bf16() else torch.float32
 
-    def matmul(self, x: Tensor, w: Tensor) -> Tensor:
-        """x @ w in float32. x: (..., T, K) float32; w: (..., K, N)."""
+    def matrix(self, weight: Weight, dtype: torch.dtype) -> Tensor:
+        """Weights (..., K) as a matrix (N, K) for `matmul` with activations of a dtype.
+
+        A view where they are one as they lie; otherwise in memory that this thread's next call writes over. Plain
+        weights keep their own dtype.
+        """
+        if isinstance(weight, Tensor):
+            return weight if weight.dim() == 2 else self._scratch(weight.shape, weight.dtype).copy_(weight).flatten(0, -2)
+        return weight.dequantize(out=self._scratch(weight.shape, dtype)).flatten(0, -2)
+
+    def matmul(self, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x @ w + bias, (T, N) in the dtype of x. x: (T, K) float32, or in the dtype of w; w: (K, N); bias: (N,)."""
+        if x.dtype != torch.float32:
+            return x @ w if bias is None else torch.addmm(bias.to(x.dtype), x, w)
         # A CPU without bf16 arithmetic multiplies bf16 matrices 15 times slower than float32 ones: convert, by pieces.
-        step = max(1, _CONVERT_ELEMENTS // w[..., :1].numel())
-        if step >= w.shape[-1]:
-            return x @ w.float()
-        return torch.cat([x @ w[..., n : n + step].float() for n in range(0, w.shape[-1], step)], -1)
+        step = max(1, _CONVERT_ELEMENTS // len(w))
+        pieces = [x @ w[:, n : n + step].float() for n in range(0, w.shape[1], step)]
+        out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+        return out if bias is None else out + bias
+
+    def _scratch(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory of this thread's, the same at each call: new pages would cost more than what is written to them."""
+        size = prod(shape) * dtype.itemsize
+        if getattr(self._kept, "scratch", None) is None or len(self._kept.scratch) < size:
+            with torch.inference_mode(False):
+                self._kept.scratch = torch.empty(size, dtype=torch.uint8)
+        return self._kept.scratch[:size].view(dtype).view(shape)
 
 
 BACKEND = Backend

@@ -142,9 +142,10 @@ class Quantized:
         offsets = self.data[..., values + scales : values + 2 * scales].view(kind) if self.format.zero_point else None
         return self.data[..., :values], self.data[..., values : values + scales].view(kind), offsets
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weights (..., C) that the rows stand for, computed in float32 and rounded once."""
-        out = torch.empty(self.shape, dtype=dtype, device=self.device)
+    def dequantize(self, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+        """The weights (..., C) that the rows stand for, computed in float32 and rounded once, maybe to the dtype of
+        `out`, where they are put."""
+        out = torch.empty(self.shape, dtype=dtype, device=self.device) if out is None else out
         rows, flat = self.data.reshape(-1, self.row_bytes), out.view(-1, self.width)
         for first in range(0, len(rows), step := max(1, _CHUNK // self.width)):
             part = Quantized(rows[first : first + step], self.width, self.format)

@@ -56,6 +56,7 @@ class Decoder:
     def __init__(self, config: ModelConfig, weights: Weights, ops: Backend):
         self.config, self.weights, self.ops = config, weights, ops
         self.blocks = Blocks(config, weights.dtype, ops)
+        self._narrow = Blocks(config, weights.dtype, ops, narrow=True)
         self.scale = config.head_dim**-0.5
         self.device = weights.embed.device
 
@@ -230,17 +231,18 @@ class Decoder:
             sequences: of (T_i,) integers each, at least one. All of them pass at once: memory grows with their tokens.
             rows: of the cache, one a sequence; None: 0, 1, 2 ...
             wanted: (W,) int64, of which tokens of the sequences put one after another the logits are; None: of all.
-            hooks: as in `prefill`.
+            hooks: as in `prefill`. What they are shown, and all that follows from it, is float32.
         Returns: logits (W, V) float32.
         Raises: as `prefill` does; the rows then hold what they held before.
         """
-        spans, total, hooks = [], 0, hooks or Hooks()
+        spans, total = [], 0
         for row, ids in zip(range(len(sequences)) if rows is None else rows, sequences, strict=True):
             cache.require_room(row, ids.numel())
             spans.append(_Span(row, cache.length(row), total, total + ids.numel()))
             total += ids.numel()
-        hidden = self._forward(torch.cat(list(sequences)), cache, spans, hooks)
-        logits = self.blocks.logits(hidden if wanted is None else hidden[wanted.to(self.device)], self.weights)
+        blocks = self._narrow if hooks is None else self.blocks
+        hidden = self._forward(torch.cat(list(sequences)), cache, spans, blocks, hooks or Hooks())
+        logits = blocks.logits(hidden if wanted is None else hidden[wanted.to(self.device)], self.weights)
         texts = [[*cache.tokens(span.row), *ids.tolist()] for span, ids in zip(spans, sequences, strict=True)]
         try:
             self._require_finite(logits, texts, hooks)
@@ -252,7 +254,7 @@ class Decoder:
             cache.append(span.row, ids.tolist())
         return logits
 
-    def _require_finite(self, logits: Tensor, texts: Sequence[Sequence[int]], hooks: Hooks) -> None:
+    def _require_finite(self, logits: Tensor, texts: Sequence[Sequence[int]], hooks: Hooks | None) -> None:
         if is_finite(logits):
             return
         if isinstance(hooks, Watch):
@@ -260,15 +262,15 @@ class Decoder:
         errors = (trace(self, torch.tensor(ids)) for ids in texts)
         raise next((error for error in errors if error is not None), None) or not_finite("what is selected of a layer")
 
-    def _forward(self, ids: Tensor, cache: KVCache, spans: Sequence[_Span], hooks: Hooks) -> Tensor:
+    def _forward(self, ids: Tensor, cache: KVCache, spans: Sequence[_Span], blocks: Blocks, hooks: Hooks) -> Tensor:
         """Hidden states (T, C) of the spans' tokens ids (T,), before the final norm."""
-        c, blocks = self.config, self.blocks
+        c = self.config
         positions = torch.cat([torch.arange(s.start, s.start + s.end - s.begin) for s in spans]).to(self.device)
         x = blocks.embed(ids.to(self.device).long(), positions, self.weights)
         hooks.begin(x, positions)
         for i, layer in enumerate(self.weights.layers):
             y = blocks.norm(x, layer.attn_norm) if c.norm_before else x
-            f = self._attention(y, layer, cache, i, positions, spans, hooks)
+            f = self._attention(y, layer, cache, i, positions, spans, blocks, hooks)
             hooks.block(i, "attention", x, f)
             x = x + f
             x = x if c.norm_before else blocks.norm(x, layer.attn_norm)
@@ -280,10 +282,18 @@ class Decoder:
         return x
 
     def _attention(
-        self, y: Tensor, layer: Layer, cache: KVCache, i: int, positions: Tensor, spans: Sequence[_Span], hooks: Hooks
+        self,
+        y: Tensor,
+        layer: Layer,
+        cache: KVCache,
+        i: int,
+        positions: Tensor,
+        spans: Sequence[_Span],
+        blocks: Blocks,
+        hooks: Hooks,
     ) -> Tensor:
         angles = None if cache.cos_sin is None else cache.cos_sin[positions]
-        q, k, v = self.blocks.qkv(y, layer.attn, angles)
+        q, k, v = blocks.qkv(y, layer.attn, angles)
         q = q.transpose(1, 2).flatten(0, 1)  # (H, T, D)
         outputs = []
         for s in spans:
@@ -291,10 +301,10 @@ class Decoder:
                 self._project_pending(layer, cache, i, s)
             here = slice(s.begin, s.end)
             outputs.append(self._attend_span(q[:, here], k[:, here], v[:, here], cache, i, s))
-        o = hooks.heads(i, y, torch.cat(outputs, 1).transpose(0, 1).float())
+        o = hooks.heads(i, y, torch.cat(outputs, 1).transpose(0, 1).to(blocks.dtype))
         # PyTorch's attention makes zeros of a query whose scores are all NaN; 0 times what is not finite is NaN.
         poison = sum((bound * 0 for part in (q, k, v) for bound in part.aminmax()), torch.zeros((), device=y.device))
-        return self.blocks.attention_out(o, layer.attn) + poison
+        return blocks.attention_out(o, layer.attn) + poison
 
     def _project_pending(self, layer: Layer, cache: KVCache, i: int, span: _Span) -> None:
         """Put the keys and values into the cache that wait in a span's row."""

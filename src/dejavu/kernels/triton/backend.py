@@ -51,12 +51,17 @@ class TritonBackend(Backend):
     def wait(self):
         torch.cuda.synchronize()
 
-    def plain(self, weight, dtype):
-        """As Backend.plain, but quantised weights in `dtype`, which the tensor cores multiply."""
-        return weight.dequantize(dtype) if isinstance(weight, Quantized) else weight
+    def product_dtype(self, dtype):
+        return dtype
 
-    def matmul(self, x, w):
-        return (x.to(w.dtype) @ w).float()
+    def matrix(self, weight, dtype):
+        """As Backend.matrix, but quantised weights always in the narrow dtype, which the tensor cores multiply."""
+        plain = weight.dequantize(dtype) if isinstance(weight, Quantized) else weight
+        return plain.reshape(-1, plain.shape[-1])
+
+    def matmul(self, x, w, bias=None):
+        out = x.to(w.dtype) @ w if bias is None else torch.addmm(bias.to(w.dtype), x.to(w.dtype), w)
+        return out.to(x.dtype)
 
 
 BACKEND = TritonBackend
