@@ -65,7 +65,9 @@ class Dejavu:
         chosen = []
         for row, prompt in zip(self._rows, [ids] if one else ids, strict=True):
             self._steps.cache.truncate(row, 0)
-            chosen.append(self._choose(self._decoder.prefill(torch.tensor(prompt), self._steps.cache, row).cpu())[0])
+            chosen.append(
+                self._choose(self._decoder.prefill(torch.tensor(prompt), self._steps.cache, row, narrow=True).cpu())[0]
+            )
         return chosen[0] if one else chosen
 
     def step(self, token):

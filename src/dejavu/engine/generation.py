@@ -109,7 +109,7 @@ class Batch:
         try:
             for index, row in enumerate(self._rows):
                 began = perf_counter()
-                logits = self._decoder.prefill(torch.tensor(row.prompt_ids), cache, taken[index]).cpu()
+                logits = self._decoder.prefill(torch.tensor(row.prompt_ids), cache, taken[index], narrow=True).cpu()
                 row.prefill_s = perf_counter() - began
                 text, logprob = row.take(logits)
                 row.ttft_s = perf_counter() - self._started

@@ -162,7 +162,9 @@ class Backend:
         weights keep their own dtype.
         """
         if isinstance(weight, Tensor):
-            return weight if weight.dim() == 2 else self._scratch(weight.shape, weight.dtype).copy_(weight).flatten(0, -2)
+            return (
+                weight if weight.dim() == 2 else self._scratch(weight.shape, weight.dtype).copy_(weight).flatten(0, -2)
+            )
         return weight.dequantize(out=self._scratch(weight.shape, dtype)).flatten(0, -2)
 
     def matmul(self, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -194,13 +194,21 @@ class Decoder:
     # Prefill
 
     def prefill(
-        self, ids: Tensor, cache: KVCache, row: int = 0, *, all_logits: bool = False, hooks: Hooks | None = None
+        self,
+        ids: Tensor,
+        cache: KVCache,
+        row: int = 0,
+        *,
+        all_logits: bool = False,
+        narrow: bool = False,
+        hooks: Hooks | None = None,
     ) -> Tensor:
         """Read tokens, a whole prompt say, into one row of the cache, behind those that it holds.
 
         Args:
             ids: (T,) integer, at least one.
             all_logits: return the logits of every position, not of the last alone.
+            narrow: multiply in what is fastest beside weights of this dtype (Blocks), not in float32.
             hooks: look into the pass, or mask what tokens read (TokenMasks).
         Returns: logits (V,) float32, or (T, V).
         Raises: ConfigError, CapacityError as KVCache.require_room does; NotFiniteError naming the layer where NaN or
@@ -210,7 +218,7 @@ class Decoder:
         cache.require_room(row, ids.numel())
         for chunk in ids.split(PREFILL_CHUNK):
             wanted = None if all_logits else torch.tensor([len(chunk) - 1])
-            outputs.append(self.forward([chunk], cache, [row], wanted, hooks=hooks))
+            outputs.append(self.forward([chunk], cache, [row], wanted, narrow=narrow, hooks=hooks))
         return torch.cat(outputs) if all_logits else outputs[-1][0]
 
     @torch.inference_mode()
@@ -221,6 +229,7 @@ class Decoder:
         rows: Sequence[int] | None = None,
         wanted: Tensor | None = None,
         *,
+        narrow: bool = False,
         hooks: Hooks | None = None,
     ) -> Tensor:
         """Read sequences in one pass, each into a row of the cache, behind the tokens that the row holds.
@@ -231,7 +240,7 @@ class Decoder:
             sequences: of (T_i,) integers each, at least one. All of them pass at once: memory grows with their tokens.
             rows: of the cache, one a sequence; None: 0, 1, 2 ...
             wanted: (W,) int64, of which tokens of the sequences put one after another the logits are; None: of all.
-            hooks: as in `prefill`. What they are shown, and all that follows from it, is float32.
+            narrow, hooks: as in `prefill`; not both.
         Returns: logits (W, V) float32.
         Raises: as `prefill` does; the rows then hold what they held before.
         """
@@ -240,7 +249,8 @@ class Decoder:
             cache.require_room(row, ids.numel())
             spans.append(_Span(row, cache.length(row), total, total + ids.numel()))
             total += ids.numel()
-        blocks = self._narrow if hooks is None else self.blocks
+        assert not (narrow and hooks)
+        blocks = self._narrow if narrow else self.blocks
         hidden = self._forward(torch.cat(list(sequences)), cache, spans, blocks, hooks or Hooks())
         logits = blocks.logits(hidden if wanted is None else hidden[wanted.to(self.device)], self.weights)
         texts = [[*cache.tokens(span.row), *ids.tolist()] for span, ids in zip(spans, sequences, strict=True)]
