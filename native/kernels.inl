@@ -53,10 +53,13 @@ void embed(const EmbedArgs& a, int64_t b) {
   using T = typename F::Element;
   check_index(a.ids[b] + a.offset, a.table_rows, "embed: row of the table");
   const T* row = static_cast<const T*>(a.table.data) + (a.ids[b] + a.offset) * a.table.stride;
-  float* out = a.out + b * a.table.width;
+  thread_local std::vector<float> wide;
+  if (a.narrow_out) wide.resize(a.table.width);
+  float* out = a.narrow_out ? wide.data() : a.out + b * a.table.width;
   if (!a.add) std::fill_n(out, a.table.width, 0.0f);
   const float one = 1;
   F(a.table).template axpy<1, 1>(&row, nullptr, &one, 0, 0, &out);
+  if (a.narrow_out) std::transform(out, out + a.table.width, a.narrow_out + b * a.table.width, to_bf16);
 }
 
 void reduce(const ReduceArgs& a, int64_t unit) {

@@ -186,7 +186,9 @@ class Tape {
   void embed(const Array& ids, const Array& cache_rows, const Weights& table, const Array& out, int64_t offset, bool add) {
     const Batch batch{ints(cache_rows), int64_t(ids.shape(0))};
     require(out.ndim() == 2 && int64_t(out.shape(0)) == batch.size && int64_t(out.shape(1)) == table.width, "embed: shapes");
-    push(EmbedArgs{ints(ids), rows(table), floats(out), batch, offset, table.shape(0), add}, kernels->embed[int(table.format)], "embed");
+    const bool narrow = float_type(out) == DType::bf16;
+    require(!(narrow && add), "embed: rows are added in float32");
+    push(EmbedArgs{ints(ids), rows(table), narrow ? nullptr : floats(out), narrow ? static_cast<uint16_t*>(raw(out)) : nullptr, batch, offset, table.shape(0), add}, kernels->embed[int(table.format)], "embed");
   }
 
   void add_norm(const Array& x, const MaybeArray& partials, const MaybeArray& partial_bias, const MaybeArray& weight,

@@ -62,7 +62,8 @@ struct Batch {
 struct EmbedArgs {
   const int32_t* ids;
   Rows table;  // (V, E)
-  float* out;  // (N, E)
+  float* out;           // (N, E)
+  uint16_t* narrow_out;  // (N, E) bf16, in place of out, or null
   Batch batch;
   int64_t offset, table_rows;
   bool add;  // out += table[ids + offset], else out = table[ids]

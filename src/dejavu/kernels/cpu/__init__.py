@@ -170,6 +170,17 @@ def _weights(weight: Weight) -> _native.Weights:
         return _native.Weights(_handed(weight.data), weight.width, form.bits, form.group, form.zero_point)
 
 
+def unpack(weight: Quantized, out: Tensor) -> None:
+    """Put quantised rows (..., C), which may lie apart from each other, into out (rows, C), float32 or bfloat16."""
+    data, step = weight.data, weight.row_bytes
+    # Each row by its distance from the first, in rows: all slices of a store of rows begin at whole ones.
+    ids = torch.zeros(1, dtype=torch.int32)
+    for size, stride in zip(data.shape[:-1], data.stride()[:-1], strict=True):
+        ids = (ids[:, None] + torch.arange(size, dtype=torch.int32) * (stride // step)).flatten()
+    table = _weights(Quantized(data.as_strided((int(ids[-1]) + 1, step), (step, 1)), weight.width, weight.format))
+    _issue(_native.Tape.embed, ids, torch.zeros_like(ids), table, out, 0, False)
+
+
 def _row_bytes(weight: Weight) -> int:
     return weight.row_bytes if isinstance(weight, Quantized) else weight.shape[-1] * weight.element_size()
 

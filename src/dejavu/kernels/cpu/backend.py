@@ -6,6 +6,7 @@ import torch
 
 from dejavu.kernels import cpu
 from dejavu.kernels.base import Backend
+from dejavu.kernels.quantized import Quantized
 
 
 class CpuBackend(Backend):
@@ -31,6 +32,13 @@ class CpuBackend(Backend):
         """Of the native library, and of PyTorch, which runs prompts. Raises: as kernels.cpu.set_threads."""
         cpu.set_threads(n)
         torch.set_num_threads(n)
+
+    def matrix(self, weight, dtype):
+        if not isinstance(weight, Quantized):
+            return super().matrix(weight, dtype)
+        out = self._scratch((weight.numel() // weight.width, weight.width), dtype)
+        cpu.unpack(weight, out)
+        return out
 
 
 BACKEND = CpuBackend
