@@ -12,6 +12,7 @@ from dejavu.engine.crossover import Costs, measure_costs, too_dense, union_densi
 from dejavu.engine.step import Steps
 from dejavu.kernels import backend
 from dejavu.selection import Cut, make_selector
+from dejavu.selection.block import Block
 from dejavu.selection.predictor import Lookahead, Predictor, PredictorSelector
 
 # Whole: 1 ms each; selections pay below a density of 0.5 (heads) and 0.6 (neurons that are all active).
@@ -112,7 +113,7 @@ def test_a_predictor_of_a_part_read_whole_is_not_run():
 
     ops, config = backend("reference"), SimpleNamespace(num_hidden_layers=2)
     torch.manual_seed(0)
-    spies = {block: Spy(None, torch.randn(8, 4), torch.zeros(8)) for block in range(4)}
+    spies = {block: Spy(None, torch.randn(8, 4), torch.zeros(8)) for block in Block.all(2)}
     every = PredictorSelector(spies, Lookahead(), [(Cut(2), Cut(3))] * 2, config, ops)
     fewer, y = every.without({(0, 1), (1, 0)}), torch.randn(1, 4)
 
@@ -122,7 +123,7 @@ def test_a_predictor_of_a_part_read_whole_is_not_run():
         return [selection and int(selection[1]) for i in (0, 1) for selection in (s.heads(i, y, None), s.neurons(i, y))]
 
     assert run(fewer) == [2, None, None, 3]
-    assert sorted(calls) == sorted(id(spies[block]) for block in (0, 3))
+    assert sorted(calls) == sorted(id(spies[block]) for block in (Block(0, 0), Block(1, 1)))
     assert fewer.nbytes == every.nbytes / 2
     assert run(every) == [2, 3, 2, 3]  # which is as it was
     assert len(calls) == 4

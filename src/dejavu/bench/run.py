@@ -18,6 +18,7 @@ from dejavu.bench.timing import Run, interleave, percentiles_ms
 from dejavu.device import default_threads, free_memory
 from dejavu.engine.crossover import choosing_ms
 from dejavu.kernels.base import Backend
+from dejavu.selection.block import Block
 
 # First steps of every run, which don't count.
 SKIP = 4
@@ -173,7 +174,7 @@ class _Bench:
         seconds = decode_times(ours, prompts, self._new, SKIP)
         choosing = 0.0
         if s is not None:
-            chosen = chooser.without({(i, part) for part, rows in enumerate(ours.whole) for i in rows})
+            chosen = chooser.without({Block(i, part) for part, layers in enumerate(ours.whole) for i in layers})
             choosing = choosing_ms(decoder, setting.batch, chosen) / 1e3
         self._facts[setting.name] = {
             "mode": setting.mode,

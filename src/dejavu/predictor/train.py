@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from dejavu.checkpoint.layout import Mlp
 from dejavu.kernels import reference
 from dejavu.kernels.quantized import LINE, RowFormat, Weight, dense, quantize
 from dejavu.predictor.collect import Collected
+from dejavu.selection.block import HEADS, Block
 from dejavu.selection.predictor import Predictor
 
 BATCH = 512
@@ -51,9 +53,10 @@ class Data:
         return self.inputs(rows), self.norms(rows)
 
 
-def block_data(collected: Collected, block: int, source: int, train: int) -> Data:
+def block_data(collected: Collected, block: Block, source: Block, train: int) -> Data:
     """Examples of a block's units, predicted from the input of the block `source`."""
-    norms = collected.neurons(block // 2) if block % 2 else lambda rows: collected.heads(block // 2, rows)
+    heads = block.part == HEADS
+    norms = partial(collected.heads, block.layer) if heads else collected.neurons(block.layer)
     return Data(lambda rows: collected.inputs(source, rows), norms, train, collected.tokens)
 
 

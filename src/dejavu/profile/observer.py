@@ -10,7 +10,7 @@ from torch import Tensor
 from dejavu.checkpoint.layout import Weights
 from dejavu.config import ZEROING_ACTIVATIONS, ModelConfig
 from dejavu.kernels.quantized import dense
-from dejavu.model.hooks import Block, Hooks
+from dejavu.model.hooks import BlockName, Hooks
 from dejavu.profile.accumulator import Accumulator
 from dejavu.profile.activity import Activity
 from dejavu.profile.oracle import Contribution, OracleDensity, fewest
@@ -94,7 +94,7 @@ class Observer(Hooks):
         s.neuron_sets.add(layer, kept[0])
         return h
 
-    def block(self, layer: int, block: Block, x: Tensor, f: Tensor) -> None:
+    def block(self, layer: int, block: BlockName, x: Tensor, f: Tensor) -> None:
         self._statistics.norms.add(layer, block, x[1:], f[1:])
         if block == "attention":
             self._states.append(x[self._run])
