@@ -22,11 +22,11 @@ from dejavu.artifacts import read_json, write_json
 from dejavu.errors import ConfigError
 from dejavu.model.decoder import Decoder
 from dejavu.model.hooks import Hooks
+from dejavu.progress import Progress, silent
 from dejavu.selection.block import HEADS, NEURONS, Block
 from dejavu.selection.oracle import OutputNorms
 
 STATE = "state.json"
-Progress = Callable[[int, int], None]
 
 
 def needed_bytes(decoder: Decoder, tokens: int, density: float = 0.3) -> int:
@@ -43,7 +43,7 @@ def collect(
     folder: Path,
     *,
     label_error: float = 0.0,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> None:
     """Run the model densely over `count` windows and write the files above; goes on where it was stopped.
 
@@ -83,8 +83,7 @@ def collect(
             decoder.prefill(torch.tensor(ids), decoder.new_cache(1, len(ids)), hooks=recorder)
             recorder.flush()
             write_json(state, {"windows": number + 1, "bytes": {p.name: p.stat().st_size for p in recorder.paths()}})
-        if progress is not None:
-            progress(number + 1, count)
+        progress("collect", number + 1, count)
     else:
         if read_json(state)["windows"] < count if state.exists() else True:
             raise ConfigError(f"the text is too short: expected {count} windows, found fewer; give more text")

@@ -25,13 +25,12 @@ from dejavu.predictor.collect import Collected, collect, needed_bytes
 from dejavu.predictor.draw import deal, draw
 from dejavu.predictor.settings import FitConfig
 from dejavu.predictor.train import FIT_TOKENS, Data, block_data, fit_heads, fit_neurons, stored
+from dejavu.progress import Progress, silent
 from dejavu.selection.block import HEADS, NEURONS, Block
 from dejavu.selection.pack import MANIFEST, TENSORS, Pack, Point, load_pack
 from dejavu.selection.predictor import Lookahead, Predictor
 
 Stage = Literal["collect", "train", "calibrate"]
-# stage, done, total
-Progress = Callable[[str, int, int], None]
 # Expected divergences of the frontier's points, nats per token, and halvings of the price in search of the bound.
 LADDER, HALVINGS = tuple(np.geomspace(1e-4, 0.3, 8).tolist()), 4
 # Tokens attended to in the bytes of a point.
@@ -46,7 +45,7 @@ def fit(
     *,
     check: Iterable[str] | None = None,
     stage: Stage | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Pack | None:
     """Make a pack for a model.
 
@@ -60,7 +59,7 @@ def fit(
         check: other text to choose cuts and judge by: the bound then holds for text like that.
         out: the pack's folder, which must not exist.
         stage: end after this stage.
-        progress: called with stage, done, total.
+        progress: told by stage: windows, layers, measurements.
     Returns: the pack, or None where `stage` ended early.
     Raises: ConfigError for settings or text that cannot do, CapacityError where disk or memory is too small, PackError
         where the bound cannot be kept; it says what can be reached.
@@ -76,7 +75,7 @@ def fit(
         )
     with locked(out.with_name(out.name + ".work")) as folder:
         check_new(out)  # another fit may just have ended
-        return _run(_Work(folder, engine, config, progress or (lambda *_: None)), documents, check, out, stage)
+        return _run(_Work(folder, engine, config, progress), documents, check, out, stage)
 
 
 def _run(
@@ -185,7 +184,7 @@ class _Work:
             count,
             self.folder / "collected",
             label_error=self._config.label_error,
-            progress=lambda done, total: self._progress("collect", done, total),
+            progress=self._progress,
         )
 
     def _collected(self) -> Collected:

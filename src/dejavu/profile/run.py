@@ -21,14 +21,12 @@ from dejavu.profile.settings import ProfileConfig
 from dejavu.profile.state import STATE_FILE, State
 from dejavu.profile.summary import summarise
 from dejavu.profile.windows import windows
+from dejavu.progress import Progress, silent
 from dejavu.text import documents
 
 RESULT_FILE = "profile.json"
 # The state is written after this many windows: what a stopped run loses at most.
 SAVE_EVERY = 8
-
-# Called with the stage's name, what is done of it and how much it is.
-Progress = Callable[[str, int, int], None]
 
 
 def profile(
@@ -40,7 +38,7 @@ def profile(
     name: str,
     checkpoint_hash: str,
     overwrite: bool = False,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> dict:
     """Watch a model on text and write profile.json, figures and a page into a folder.
 
