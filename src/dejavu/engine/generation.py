@@ -136,12 +136,14 @@ class Batch:
         """What rows say step by step, as `_Row.take` returns it."""
         texts = [self._rows[index] for index in live]
         if all(text.greedy for text in texts):
+            # These end with the text that may say least: by its last step it has a reason to finish.
             left, step = min(text.left for text in texts), self._steps.step(self._size)
             for chosen in step.greedy([text.token_ids[-1] for text in texts], rows, left):
                 yield [text.accept(token) for text, token in zip(texts, chosen, strict=True)]
-        while True:
-            logits = self._steps.run([text.token_ids[-1] for text in texts], rows, self._size)
-            yield [text.take(of_row) for text, of_row in zip(texts, logits, strict=True)]
+        else:
+            while True:
+                logits = self._steps.run([text.token_ids[-1] for text in texts], rows, self._size)
+                yield [text.take(of_row) for text, of_row in zip(texts, logits, strict=True)]
 
     def _chunk(self, index: int, text: str, logprob: TokenLogprob | None) -> Chunk:
         row = self._rows[index]
