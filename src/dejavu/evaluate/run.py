@@ -11,7 +11,7 @@ from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from dejavu.artifacts import write_json
+from dejavu.artifacts import resumable, write_json
 from dejavu.engine.engine import Engine
 from dejavu.engine.scoring import Path as ScoringPath
 from dejavu.engine.scoring import Request
@@ -127,7 +127,7 @@ class Evaluation:
         started = perf_counter()
         method = {"path": path, "batch": batch}
         requests = self._requests()  # the harness asks, and what cannot be answered is refused, before any work
-        file = _open(output, overwrite)
+        file = None if output is None else resumable(output, SCORES_FILE, "evaluation", overwrite=overwrite)
         table = Scores(engines, path, batch, file, {**dict(identity or {}), **method, "settings": list(engines)})
         table.compute(requests, progress)
         progress("tasks", 0, 1)
@@ -271,23 +271,6 @@ def _add(sources: dict[str, str], name: str, source: str) -> None:
     if name in sources:
         raise ConfigError(f"{source}: {sources[name]} has the same name, {name!r}; rename one")
     sources[name] = source
-
-
-def _open(output: Path | None, overwrite: bool) -> Path | None:
-    """The file of scores in the output folder, which is made; a folder of something else is refused."""
-    if output is None:
-        return None
-    file = output / SCORES_FILE
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        strange = not file.exists() and any(output.iterdir())
-        if overwrite:
-            file.unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{output}: cannot be written ({error.strerror}); choose another folder") from error
-    if strange and not overwrite:
-        raise ConfigError(f"{output}: holds files that are no evaluation; choose another folder, or --overwrite")
-    return file
 
 
 @contextmanager

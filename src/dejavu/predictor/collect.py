@@ -60,14 +60,11 @@ def collect(
         saved = read_json(state)
         done, sizes = saved.get("windows"), saved.get("bytes")
         if type(done) is not int or not isinstance(sizes, dict) or {type(n) for n in sizes.values()} - {int}:
-            raise ConfigError(f"{state}: is damaged (expected windows and bytes); remove {folder.parent} to begin anew")
+            raise damaged(state, "expected windows and bytes", folder.parent)
         for name, size in sizes.items():
             found = (folder / name).stat().st_size if (folder / name).exists() else 0
             if found < size:
-                raise ConfigError(
-                    f"{folder / name}: is damaged (expected {size} bytes, found {found}); remove {folder.parent} to "
-                    "begin anew"
-                )
+                raise damaged(folder / name, f"expected {size} bytes, found {found}", folder.parent)
             with open(folder / name, "ab") as file:
                 file.truncate(size)
     if done >= count:
@@ -165,6 +162,11 @@ class Collected:
             return torch.from_numpy(out)
 
         return dense
+
+
+def damaged(path: Path, reason: object, work: Path) -> ConfigError:
+    """work: the folder of the whole fit."""
+    return ConfigError(f"{path}: is damaged ({reason}); remove {work} to begin anew")
 
 
 def _inputs(block: Block) -> str:

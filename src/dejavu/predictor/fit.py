@@ -21,7 +21,7 @@ from dejavu.engine.bytes import step_bytes
 from dejavu.engine.engine import Engine
 from dejavu.errors import CapacityError, ConfigError, PackError
 from dejavu.predictor import calibrate
-from dejavu.predictor.collect import Collected, collect, needed_bytes
+from dejavu.predictor.collect import Collected, collect, damaged, needed_bytes
 from dejavu.predictor.draw import deal, draw
 from dejavu.predictor.settings import FitConfig
 from dejavu.predictor.train import FIT_TOKENS, Data, block_data, fit_heads, fit_neurons, stored
@@ -173,7 +173,7 @@ class _Work:
             if windows.shape != wanted:
                 raise ValueError(f"expected {wanted[0]} windows of {wanted[1]} tokens")
         except (ValueError, EOFError, OSError) as error:
-            raise _damaged(path, error) from error
+            raise damaged(path, error, self.folder) from error
         return windows[first : first + count].tolist()
 
     def collect(self) -> None:
@@ -209,7 +209,7 @@ class _Work:
             try:
                 tensors = load_file(path)
             except (SafetensorError, ValueError, OSError) as error:
-                raise _damaged(path, error) from error
+                raise damaged(path, error, self.folder) from error
             for part, units in enumerate(("heads", "neurons")):
                 parameters = (tensors.get(f"{units}.{name}") for name in ("down", "up", "bias"))
                 predictors[Block(layer, part)] = stored(tuple(parameters), self._config.row_format)
@@ -249,7 +249,7 @@ class _Work:
             or not all(type(value) in (int, float) for value in probes.values())
             or not all(isinstance(found, dict) and found.keys() == names for found in measured.values())
         ):
-            raise _damaged(path, "expected probes and measured")
+            raise damaged(path, "expected probes and measured", self.folder)
         return saved
 
     def calibrate(self, predictors: dict[Block, Predictor]) -> Pack:
@@ -390,10 +390,6 @@ def push(source: str | os.PathLike, repo: str, *, private: bool = False) -> str:
         )
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise ConfigError(f"{repo}: cannot be uploaded ({' '.join(str(error).split())[:300]})") from error
-
-
-def _damaged(path: Path, reason: object) -> ConfigError:
-    return ConfigError(f"{path}: is damaged ({reason}); remove {path.parent} to begin anew")
 
 
 def _collected_windows(config: FitConfig) -> int:

@@ -11,7 +11,7 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from dejavu.artifacts import write_json
+from dejavu.artifacts import resumable, write_json
 from dejavu.engine.engine import Engine
 from dejavu.errors import ConfigError
 from dejavu.profile import quality
@@ -59,7 +59,9 @@ def profile(
     sentence = _sentence(engine, settings.sentence)
     identity = _identity(engine, settings, name, checkpoint_hash)
     state = State(identity, Statistics.empty(decoder.config, len(settings.errors)))
-    _open_folder(out, state, overwrite)
+    resumable(out, STATE_FILE, "profile", overwrite=overwrite)
+    if not state.resume(out):
+        state.save(out)  # see that it can be, before anything long begins
     before = state.seconds
 
     def save() -> None:
@@ -92,19 +94,6 @@ def _identity(engine: Engine, settings: ProfileConfig, name: str, checkpoint_has
     dtype = str(engine.dtype).removeprefix("torch.")
     identity = {"model": name, "checkpoint_hash": checkpoint_hash, "dtype": dtype, **asdict(settings)}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in identity.items()}
-
-
-def _open_folder(out: Path, state: State, overwrite: bool) -> None:
-    """Make the folder, or resume what it holds, and see that it can be written before anything long begins."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        strange = not overwrite and any(out.iterdir()) and not (out / STATE_FILE).exists()
-    except OSError as error:
-        raise ConfigError(f"{out}: cannot be written ({error.strerror}); choose another folder") from error
-    if strange:
-        raise ConfigError(f"{out}: holds files that are no profile; choose another folder, or --overwrite")
-    if overwrite or not state.resume(out):
-        state.save(out)
 
 
 def _watch(
