@@ -48,15 +48,15 @@ def costs(monkeypatch):
 
 
 def test_decisions_from_given_costs():
-    assert [COSTS.heads_dense(d) for d in (0.25, 0.5, 0.75)] == [False, False, True]
+    assert [COSTS.heads_faster_whole(d) for d in (0.25, 0.5, 0.75)] == [False, False, True]
     # All active: 0.1 + 1.5 d against 0.5 + 0.5 d.
-    assert [COSTS.neurons_dense(d, d) for d in (0.1, 0.39, 0.41, 1.0)] == [False, False, True, True]
+    assert [COSTS.neurons_faster_whole(d, d) for d in (0.1, 0.39, 0.41, 1.0)] == [False, False, True, True]
     # Few of those selected are active, and whole MLPs skip the others too: 0.1 + 0.5 d against 0.45.
-    assert [COSTS.neurons_dense(d, 0.05) for d in (0.5, 0.7, 0.8)] == [False, False, True]
+    assert [COSTS.neurons_faster_whole(d, 0.05) for d in (0.5, 0.7, 0.8)] == [False, False, True]
     # What choosing takes counts.
     chosen = Costs((0.5, 1.0), 1.0, (0.1, 0.5, 1.0), (0.5, 0.5), choosing=(0.3, 0.4))
-    assert [chosen.heads_dense(d) for d in (0.15, 0.25)] == [False, True]
-    assert chosen.neurons_dense(0.1, 0.1)
+    assert [chosen.heads_faster_whole(d) for d in (0.15, 0.25)] == [False, True]
+    assert chosen.neurons_faster_whole(0.1, 0.1)
 
 
 @pytest.mark.parametrize("pending", [None, 3, 64])

@@ -63,11 +63,11 @@ class Costs:
     neurons_whole: tuple[float, float]
     choosing: tuple[float, float] = (0.0, 0.0)
 
-    def heads_dense(self, density: float) -> bool:
+    def heads_faster_whole(self, density: float) -> bool:
         """Whether attention is faster whole than with this share of the heads."""
         return self.choosing[0] + self.heads[0] + self.heads[1] * density > self.heads_whole
 
-    def neurons_dense(self, density: float, output: float) -> bool:
+    def neurons_faster_whole(self, density: float, output: float) -> bool:
         """Whether the MLP is faster whole than with this share of first rows, of output rows."""
         sparse = self.choosing[1] + self.neurons[0] + self.neurons[1] * density + self.neurons[2] * output
         return sparse > self.neurons_whole[0] + self.neurons_whole[1] * output
@@ -96,10 +96,10 @@ def too_dense(
     heads, rows = densities
     blocks = set()
     for layer, (head_cut, neuron_cut) in enumerate(selector.cuts):
-        if head_cut is not None and costs.heads_dense(heads[layer]):
+        if head_cut is not None and costs.heads_faster_whole(heads[layer]):
             blocks.add(Block(layer, HEADS))
         first, *output = rows[layer]
-        if neuron_cut is not None and costs.neurons_dense(first, sum(output) / len(output)):
+        if neuron_cut is not None and costs.neurons_faster_whole(first, sum(output) / len(output)):
             blocks.add(Block(layer, NEURONS))
     return frozenset(blocks)
 

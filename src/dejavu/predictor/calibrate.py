@@ -137,10 +137,10 @@ class Judge:
         """One forward pass over all windows."""
         masks = TokenMasks(selector)
         kl = agree = loss = 0.0
-        for window, dense in zip(self._windows, self._dense, strict=True):
-            ours, reference = self._log_probs(window, masks), dense.float()
-            kl += _divergence(reference, ours)
-            agree += (ours.argmax(1) == reference.argmax(1)).sum().item()
+        for window, half in zip(self._windows, self._dense, strict=True):
+            ours, dense = self._log_probs(window, masks), half.float()
+            kl += _divergence(dense, ours)
+            agree += (ours.argmax(1) == dense.argmax(1)).sum().item()
             loss += F.nll_loss(ours[:-1], window[1:], reduction="sum").item()
         tokens = sum(len(w) for w in self._windows)
         c = self._decoder.config
@@ -161,9 +161,9 @@ class Judge:
         return total / sum(len(w) - 1 for w in self._windows)
 
 
-def _divergence(reference: Tensor, ours: Tensor) -> float:
+def _divergence(dense: Tensor, ours: Tensor) -> float:
     """Kullback-Leibler divergence, summed over tokens, of log-probabilities (T, V)."""
-    return (reference.exp() * (reference - ours)).sum().item()
+    return (dense.exp() * (dense - ours)).sum().item()
 
 
 class Search:

@@ -155,13 +155,13 @@ class Collected:
         norms = np.memmap(self._folder / f"norms{layer}.f16", np.float16, "r")
         ends = np.concatenate(([0], np.cumsum(np.bitwise_count(bits).sum(1, dtype=np.int64))))
 
-        def dense(rows: slice) -> Tensor:
+        def read(rows: slice) -> Tensor:
             active = np.unpackbits(bits[rows], axis=1, count=self._neurons).astype(bool)
             out = np.zeros(active.shape, np.float32)
             out[active] = norms[ends[rows.start] : ends[rows.stop]]
             return torch.from_numpy(out)
 
-        return dense
+        return read
 
 
 def damaged(path: Path, reason: object, work: Path) -> ConfigError:
