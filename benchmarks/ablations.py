@@ -33,9 +33,10 @@ from dejavu.predictor.calibrate import Judge
 from dejavu.predictor.collect import Collected, collect
 from dejavu.predictor.draw import deal, draw
 from dejavu.predictor.train import FIT_TOKENS, Parameters, block_data, fit_heads, fit_neurons, stored
+from dejavu.selection.block import HEADS, NEURONS, Block
 from dejavu.selection.nearest import NearestSelector
 from dejavu.selection.oracle import OracleSelector
-from dejavu.selection.predictor import HEADS, Lookahead, Predictor, PredictorSelector
+from dejavu.selection.predictor import Lookahead, Predictor, PredictorSelector
 from dejavu.selection.selector import Cut, ScoreSelector
 from dejavu.selection.signs import SignsSelector
 from dejavu.text import documents
@@ -62,8 +63,8 @@ class Bench:
     epochs: int
     fitted: dict[tuple, list[Parameters]] = field(default_factory=dict)
 
-    def data(self, block: int, ahead: int):
-        return block_data(self.collected, block, max(0, block - ahead), self.learn)
+    def data(self, block: Block, ahead: int):
+        return block_data(self.collected, block, Lookahead(ahead, ahead).source(block), self.learn)
 
     def neurons(self, rank: int, form: RowFormat | None = INT4, ahead: int = 0, train: bool = True) -> list[Predictor]:
         """Each layer's predictor; trained once for all formats."""
@@ -74,8 +75,8 @@ class Bench:
             with torch.random.fork_rng():
                 self.fitted[key] = [
                     fit_neurons(
-                        self.data(2 * i + 1, ahead),
-                        self.collected.inputs(2 * i + 1, own),
+                        self.data(Block(i, NEURONS), ahead),
+                        self.collected.inputs(Block(i, NEURONS), own),
                         layer.mlp,
                         rank,
                         epochs=self.epochs,
@@ -88,11 +89,13 @@ class Bench:
         return [stored(parameters, form) for parameters in self.fitted[key]]
 
     def scores(self, predictors: Sequence[Predictor], ahead: int) -> list[Tensor]:
-        return [p.scores(reference.linear, self.data(2 * i + 1, ahead).judge()[0]) for i, p in enumerate(predictors)]
+        return [
+            p.scores(reference.linear, self.data(Block(i, NEURONS), ahead).judge()[0]) for i, p in enumerate(predictors)
+        ]
 
     def selector(self, predictors: Sequence[Predictor], ahead: int) -> Select:
         config, ops = self.engine.config, self.engine.decoder.ops
-        by_block = {2 * i + 1: p for i, p in enumerate(predictors)}
+        by_block = {Block(i, NEURONS): p for i, p in enumerate(predictors)}
         return lambda cuts: PredictorSelector(
             by_block, Lookahead(neurons=ahead), [(None, cut) for cut in cuts], config, ops
         )
@@ -101,7 +104,7 @@ class Bench:
         """Of each layer the cut whose kept neurons hold this share of the squared norm."""
         out = []
         for layer, found in enumerate(scores):
-            square = self.data(2 * layer + 1, 0).judge()[1].square()
+            square = self.data(Block(layer, NEURONS), 0).judge()[1].square()
             if top_k:
                 held = square.gather(1, found.argsort(1, descending=True)).double().sum(0).cumsum(0)
                 out.append(Cut(int((held < share * held[-1]).sum()) + 1))
@@ -116,7 +119,7 @@ class Bench:
         """What a setting reads for its MLPs, and does to the model. nbytes: of all predictors."""
         read = float(nbytes)
         for layer, (found, cut) in enumerate(zip(scores, cuts, strict=True)):
-            mask, active = cut.mask(found), self.data(2 * layer + 1, 0).judge()[1] > 0
+            mask, active = cut.mask(found), self.data(Block(layer, NEURONS), 0).judge()[1] > 0
             rows = self.engine.decoder.weights.layers[layer].mlp.rows
             first, others = rows[0, 0].nbytes, rows[0, 1:].nbytes
             read += (mask.sum() * first + (mask & active).sum() * others).item() / len(mask)
@@ -201,7 +204,7 @@ def methods(bench: Bench) -> dict[str, dict[str, float]]:
     def by_topk(name: str, select: Select, scores: list[Tensor], nbytes: int) -> None:
         out[name] = bench.result(select, scores, bench.cuts(scores, share, True), nbytes)
 
-    inputs = [bench.data(2 * i + 1, 0).judge() for i in layers]
+    inputs = [bench.data(Block(i, NEURONS), 0).judge() for i in layers]
     signs = SignsSelector(pairs([Cut(1)] * len(w.layers)), w, ops)
     by_topk(
         "signs, top-k",
@@ -226,9 +229,9 @@ def heads(bench: Bench) -> dict[str, dict[str, float]]:
     for ahead in (0, 1, 2, 3):
         predictors, cuts = {}, []
         for layer in range(c.num_hidden_layers):
-            data = bench.data(2 * layer + HEADS, ahead)
-            predictors[2 * layer + HEADS] = stored(fit_heads(data), INT4)
-            scores = predictors[2 * layer + HEADS].scores(reference.linear, data.judge()[0])
+            data = bench.data(Block(layer, HEADS), ahead)
+            predictors[Block(layer, HEADS)] = stored(fit_heads(data), INT4)
+            scores = predictors[Block(layer, HEADS)].scores(reference.linear, data.judge()[0])
             cuts.append((Cut(c.num_attention_heads, scores.quantile(1 - HEADS_KEPT).item()), None))
         found = bench.judge.measure(PredictorSelector(predictors, Lookahead(heads=ahead), cuts, c, ops))
         out[f"{ahead} ahead"] = {"attn_density": found.attn_density, "kl": found.kl, "ppl_increase": found.ppl_increase}

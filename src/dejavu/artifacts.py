@@ -164,6 +164,27 @@ def check_folder(folder: Path, *files: str) -> None:
             raise ConfigError(f"{path}: is not a file, and one is to be written there; choose another folder")
 
 
+def resumable(folder: Path, file: str, what: str, *, overwrite: bool) -> Path:
+    """The file in a folder, there or not, that a stopped job goes on from; makes the folder.
+
+    Args:
+        what: "profile", say: what the file is a part of.
+        overwrite: remove the file, and take a folder that holds anything else.
+    Raises: ConfigError where the folder cannot be written, or holds other files and not this one.
+    """
+    path = folder / file
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            path.unlink(missing_ok=True)
+        strange = not overwrite and not path.exists() and any(folder.iterdir())
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    if strange:
+        raise ConfigError(f"{folder}: holds files that are no {what}; choose another folder, or --overwrite")
+    return path
+
+
 def _unwritable(path: Path, error: Exception) -> ConfigError:
     reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
     return ConfigError(f"{path}: cannot be written ({reason}); choose another place")

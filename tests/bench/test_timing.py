@@ -29,10 +29,10 @@ class Scene:
 
 def test_runs_take_turns_and_warm_up_does_not_count():
     scene, told = Scene(), []
-    times = interleave(scene.builds(), 2, warmup=1, progress=lambda name, number: told.append((name, number)))
+    times = interleave(scene.builds(), 2, warmup=1, started=told.append)
     assert scene.events == ["build one", "build two", *"abc" * 3]
     assert times == {"a": [1.0, 2.0] * 2, "b": [3.0] * 2, "c": [4.0] * 2}
-    assert told == [(name, number) for number in (-1, 0, 1) for name in "abc"]
+    assert told == [*"abc" * 3]
 
 
 def test_without_keeping_each_round_builds_again():

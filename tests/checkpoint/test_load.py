@@ -169,7 +169,7 @@ def test_names_without_prefix_and_a_stored_tied_head_and_buffers(make_checkpoint
 
 def test_progress_counts_every_byte(make_checkpoint):
     folder, calls = make_checkpoint("opt"), []
-    load(folder, progress=lambda done, total: calls.append((done, total)))
+    load(folder, progress=lambda what, done, total: calls.append((done, total)))
     total = sum(t.nbytes for t in state(folder).values())
     assert {t for _, t in calls} == {total} and calls[-1][0] == total
     assert all(a < b for (a, _), (b, _) in itertools.pairwise(calls))

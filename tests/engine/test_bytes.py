@@ -71,20 +71,21 @@ class Counted:
     def __init__(self, monkeypatch):
         self.weights = self.cache = 0
         self._seen: set[int] = set()
-        dense, attn_qkv, attend, attn_out = (getattr(reference, n) for n in ("dense", "attn_qkv", "attend", "attn_out"))
+        names = "dequantized", "attn_qkv", "attend", "attn_out"
+        dequantized, attn_qkv, attend, attn_out = (getattr(reference, name) for name in names)
 
-        def count_dense(weight):
+        def count_dequantized(weight):
             if weight.data_ptr() not in self._seen:
                 self._seen.add(weight.data_ptr())
                 self.weights += weight.nbytes
-            return dense(weight)
+            return dequantized(weight)
 
         def count_attn_qkv(*args, **more):
-            monkeypatch.setattr(reference, "dense", count_dense)
+            monkeypatch.setattr(reference, "dequantized", count_dequantized)
             try:
                 return attn_qkv(*args, **more)
             finally:
-                monkeypatch.setattr(reference, "dense", dense)
+                monkeypatch.setattr(reference, "dequantized", dequantized)
                 self._seen.clear()
 
         def count_attend(q, k_cache, v_cache, tokens, heads=None, *, window=None, **more):

@@ -12,6 +12,7 @@ from dejavu.engine.crossover import Costs, measure_costs, too_dense, union_densi
 from dejavu.engine.step import Steps
 from dejavu.kernels import backend
 from dejavu.selection import Cut, make_selector
+from dejavu.selection.block import Block
 from dejavu.selection.predictor import Lookahead, Predictor, PredictorSelector
 
 # Whole: 1 ms each; selections pay below a density of 0.5 (heads) and 0.6 (neurons that are all active).
@@ -47,15 +48,15 @@ def costs(monkeypatch):
 
 
 def test_decisions_from_given_costs():
-    assert [COSTS.heads_dense(d) for d in (0.25, 0.5, 0.75)] == [False, False, True]
+    assert [COSTS.heads_faster_whole(d) for d in (0.25, 0.5, 0.75)] == [False, False, True]
     # All active: 0.1 + 1.5 d against 0.5 + 0.5 d.
-    assert [COSTS.neurons_dense(d, d) for d in (0.1, 0.39, 0.41, 1.0)] == [False, False, True, True]
+    assert [COSTS.neurons_faster_whole(d, d) for d in (0.1, 0.39, 0.41, 1.0)] == [False, False, True, True]
     # Few of those selected are active, and whole MLPs skip the others too: 0.1 + 0.5 d against 0.45.
-    assert [COSTS.neurons_dense(d, 0.05) for d in (0.5, 0.7, 0.8)] == [False, False, True]
+    assert [COSTS.neurons_faster_whole(d, 0.05) for d in (0.5, 0.7, 0.8)] == [False, False, True]
     # What choosing takes counts.
     chosen = Costs((0.5, 1.0), 1.0, (0.1, 0.5, 1.0), (0.5, 0.5), choosing=(0.3, 0.4))
-    assert [chosen.heads_dense(d) for d in (0.15, 0.25)] == [False, True]
-    assert chosen.neurons_dense(0.1, 0.1)
+    assert [chosen.heads_faster_whole(d) for d in (0.15, 0.25)] == [False, True]
+    assert chosen.neurons_faster_whole(0.1, 0.1)
 
 
 @pytest.mark.parametrize("pending", [None, 3, 64])
@@ -112,7 +113,7 @@ def test_a_predictor_of_a_part_read_whole_is_not_run():
 
     ops, config = backend("reference"), SimpleNamespace(num_hidden_layers=2)
     torch.manual_seed(0)
-    spies = {block: Spy(None, torch.randn(8, 4), torch.zeros(8)) for block in range(4)}
+    spies = {block: Spy(None, torch.randn(8, 4), torch.zeros(8)) for block in Block.all(2)}
     every = PredictorSelector(spies, Lookahead(), [(Cut(2), Cut(3))] * 2, config, ops)
     fewer, y = every.without({(0, 1), (1, 0)}), torch.randn(1, 4)
 
@@ -122,7 +123,7 @@ def test_a_predictor_of_a_part_read_whole_is_not_run():
         return [selection and int(selection[1]) for i in (0, 1) for selection in (s.heads(i, y, None), s.neurons(i, y))]
 
     assert run(fewer) == [2, None, None, 3]
-    assert sorted(calls) == sorted(id(spies[block]) for block in (0, 3))
+    assert sorted(calls) == sorted(id(spies[block]) for block in (Block(0, 0), Block(1, 1)))
     assert fewer.nbytes == every.nbytes / 2
     assert run(every) == [2, 3, 2, 3]  # which is as it was
     assert len(calls) == 4

@@ -8,6 +8,7 @@ from dejavu.engine import crossover
 from dejavu.engine.crossover import Costs, measure_costs, union_densities
 from dejavu.engine.step import DecodeStep, Steps
 from dejavu.selection import Cut, make_selector
+from dejavu.selection.block import Block
 from dejavu.selection.pack import Pack, Point
 from dejavu.selection.predictor import Lookahead, Predictor
 
@@ -71,8 +72,8 @@ def test_a_packs_text_is_the_reference_backends(tiny_checkpoint, tmp_path, promp
     c = engine.decoder.config
     generator = torch.Generator().manual_seed(0)
     predictors, cuts = {}, []
-    for block in range(2 * c.num_hidden_layers):
-        units = (c.num_attention_heads, c.intermediate_size)[block % 2]
+    for block in Block.all(c.num_hidden_layers):
+        units = (c.num_attention_heads, c.intermediate_size)[block.part]
         up = torch.randn(units, 16, generator=generator).bfloat16()
         down = (torch.randn(16, c.hidden_size, generator=generator) / 4).bfloat16()
         predictors[block] = Predictor(down, up, torch.zeros(units))
@@ -165,7 +166,7 @@ def test_steps_of_several_sizes_over_one_cache_equal_the_reference(tiny_checkpoi
         steps = Steps(d, d.new_cache(3, 64, 4), "sparse", selector, crossover=True)
         if backend == "reference":  # which captures nothing, and so measures nothing
             steps._whole[2], steps._crossover = frozenset({(0, 0), (1, 0)}), True
-            monkeypatch.setattr(crossover, "whole_parts", lambda *args: frozenset({(0, 0), (1, 0)}))
+            monkeypatch.setattr(crossover, "whole_blocks", lambda *args: frozenset({(0, 0), (1, 0)}))
             steps._whole |= {size: frozenset({(0, 0), (1, 0)}) for size in (4, 8)}
         for row in (0, 1, 2):
             d.prefill(torch.tensor([1, 2, 3 + row]), steps.cache, row)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dejavu.errors import ConfigError
-from dejavu.kernels.quantized import RowFormat, dense, quantize
+from dejavu.kernels.quantized import RowFormat, dequantized, quantize
 
 # Relative error of normal weights: int8 about 0.7 %, int4 about 8 to 10 %.
 BOUNDS = {"int8": 0.012, "int4-g32": 0.1, "int4": 0.11, "int4-g128": 0.115, "int4-g32z": 0.1, "int4-g128z": 0.115}
@@ -25,7 +25,7 @@ def test_error_and_views(name, C, dtype):
         and rows.nbytes == rows.data.numel()
     )
     assert torch.equal(rows[:, 1].dequantize(), back[:, 1])
-    assert torch.equal(dense(rows, torch.bfloat16), back.bfloat16())
+    assert torch.equal(dequantized(rows, torch.bfloat16), back.bfloat16())
     # Quantising what was quantised changes nothing more than a rounding of the scales.
     assert torch.allclose(quantize(back, format).dequantize(), back, atol=1e-5)
 

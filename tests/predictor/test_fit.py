@@ -26,6 +26,7 @@ from dejavu.model.hooks import TokenMasks
 from dejavu.predictor.collect import Collected, _Recorder, collect, most_of_the_norm
 from dejavu.predictor.fit import fit, needs, tune
 from dejavu.predictor.settings import FitConfig
+from dejavu.selection.block import HEADS, NEURONS, Block
 from dejavu.selection.manifest import digest
 from dejavu.selection.oracle import OutputNorms
 from dejavu.selection.pack import Pack, load_pack
@@ -60,7 +61,7 @@ def test_what_is_collected_is_what_the_model_does(engine, tmp_path):
     collect(decoder, iter(windows), 3, tmp_path)
     got = Collected(tmp_path, c.hidden_size, c.num_attention_heads, c.intermediate_size)
     assert got.tokens == 3 * 64
-    y = got.inputs(7, slice(64, 128))  # the MLP of layer 3
+    y = got.inputs(Block(3, NEURONS), slice(64, 128))
     norms = OutputNorms(decoder.weights.layers[3]).neurons(decoder.blocks.activations(y, decoder.weights.layers[3].mlp))
     stored = got.neurons(3)(slice(64, 128))
     # Inputs are stored in bf16 and norms in fp16.
@@ -100,7 +101,8 @@ def test_cuts_agree_with_the_selecting_ops():
 @pytest.mark.parametrize("ahead", [(0, 0), (1, 1), (3, 2)])
 def test_predictors_read_the_block_that_lookahead_names(ahead):
     look = Lookahead(*ahead)
-    assert [look.source(b) for b in range(4)] == [max(0, b - ahead[b % 2]) for b in range(4)]
+    blocks = Block.all(2)
+    assert [look.source(b).number for b in blocks] == [max(0, b.number - ahead[b.part]) for b in blocks]
     seen = []
 
     class Spy(Predictor):
@@ -109,13 +111,13 @@ def test_predictors_read_the_block_that_lookahead_names(ahead):
             return torch.zeros(1, 4)
 
     config = type("C", (), {"num_hidden_layers": 2})
-    spies = {b: Spy(None, torch.zeros(4, 1), torch.zeros(4)) for b in range(4)}
+    spies = {b: Spy(None, torch.zeros(4, 1), torch.zeros(4)) for b in blocks}
     selector = PredictorSelector(spies, look, [(Cut(2), Cut(2))] * 2, config, backend("reference"))
-    for block in range(4):
-        y = torch.full((1, 1), float(block))
-        select = selector.neurons(block // 2, y) if block % 2 else selector.heads(block // 2, y, None)
+    for block in blocks:
+        y = torch.full((1, 1), float(block.number))
+        select = selector.heads(block.layer, y, None) if block.part == HEADS else selector.neurons(block.layer, y)
         assert int(select[1]) == 2
-    assert sorted(seen) == sorted(look.source(b) for b in range(4))
+    assert sorted(seen) == sorted(look.source(b).number for b in blocks)
 
 
 def test_a_pack_in_the_step_equals_its_masks(engine, pack_folder):

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import dejavu
 from dejavu.cli.main import app
 from dejavu.errors import ConfigError
-from dejavu.kernels.quantized import dense
+from dejavu.kernels.quantized import dequantized
 from dejavu.model.hooks import Hooks
 from dejavu.profile import quality, run
 from dejavu.profile.attention import AttentionMaps
@@ -263,7 +263,7 @@ def test_a_quantised_folder_is_profiled_as_its_weights_are(model, profile, undra
     # The same numbers as those of a plain model that has the quantised weights' values.
     for layer in engine.decoder.weights.layers:
         for block, name in ((layer.attn, "blocks"), (layer.mlp, "rows")):
-            object.__setattr__(block, name, dense(getattr(block, name)))
+            object.__setattr__(block, name, dequantized(getattr(block, name)))
     expected = profile(engine, out="plain")
     for key in ("oracle", "firing", "mlp_sets", "states", "attention", "quality"):
         assert close(result[key], expected[key]), key

@@ -11,6 +11,7 @@ from dejavu.config import ModelConfig, SelectionConfig
 from dejavu.kernels.base import Backend
 from dejavu.kernels.quantized import Quantized, RowFormat, Weight
 from dejavu.selection import Cut
+from dejavu.selection.block import HEADS, Block
 from dejavu.selection.predictor import Lookahead, Predictor, PredictorSelector
 
 
@@ -57,9 +58,9 @@ def random_predictor(
         cuts.append(tuple(cut(k, n) if k < n else None for k, n in zip(kept, totals, strict=True)))
         for part, (units, limit) in enumerate(zip(totals, cuts[-1], strict=True)):
             if limit is not None:
-                down, up = (None, matrix(units, C)) if part == 0 else (matrix(rank, C), matrix(units, rank))
+                down, up = (None, matrix(units, C)) if part == HEADS else (matrix(rank, C), matrix(units, rank))
                 bias = ops.empty((units,), torch.float32).zero_()
-                predictors[2 * layer + part] = Predictor(down, up, bias)
+                predictors[Block(layer, part)] = Predictor(down, up, bias)
     return PredictorSelector(predictors, Lookahead(), cuts, config, ops)
 
 

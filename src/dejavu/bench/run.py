@@ -18,6 +18,8 @@ from dejavu.bench.timing import Run, interleave, percentiles_ms
 from dejavu.device import default_threads, free_memory
 from dejavu.engine.crossover import choosing_ms
 from dejavu.kernels.base import Backend
+from dejavu.progress import Progress, silent
+from dejavu.selection.block import Block
 
 # First steps of every run, which don't count.
 SKIP = 4
@@ -42,8 +44,6 @@ class PeerRun(NamedTuple):
         return f"{find_peer(self.peer).label} {self.weights} B1 P{self.prompt}"
 
 
-# Called before each run: its name, how many runs are done, and how many there are.
-Progress = Callable[[str, int, int], None]
 # Called after each round with the fields of a record so far.
 Save = Callable[[dict[str, Any]], None]
 
@@ -58,7 +58,7 @@ def measure(
     repeat: int = 5,
     threads: int | None = None,
     work: str | PathLike | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     save: Save | None = None,
 ) -> dict[str, Any]:
     """Time every setting and peer, interleaved; what does not fit into memory together is built anew each round.
@@ -70,6 +70,7 @@ def measure(
         new_tokens: timed in every run of every round.
         threads: of the peers that take a number; None: all.
         work: a folder for the peers' converted models, which stay there; None: a temporary one.
+        progress: told before each run: its name, and of all runs how many are done.
     Returns: the fields of a record; "results" has one entry a run, by name.
     Raises: ConfigError, before anything long, for what cannot run.
     """
@@ -94,7 +95,7 @@ class _Bench:
         settings: Sequence[Setting],
         peers: Sequence[PeerRun],
         repeat: int,
-        progress: Progress | None,
+        progress: Progress,
         save: Save | None,
     ) -> dict[str, Any]:
         formats = dict.fromkeys(setting.weights for setting in settings)
@@ -124,7 +125,7 @@ class _Bench:
             repeat,
             warmup=warmup,
             keep=keep,
-            progress=None if progress is None else lambda name, number: progress(name, next(done), total),
+            started=lambda name: progress(name, next(done), total),
             finished=None if save is None else lambda times, rounds: save(fields(times, rounds)),
         )
         return fields(times, repeat)
@@ -173,7 +174,7 @@ class _Bench:
         seconds = decode_times(ours, prompts, self._new, SKIP)
         choosing = 0.0
         if s is not None:
-            chosen = chooser.without({(i, part) for part, rows in enumerate(ours.whole) for i in rows})
+            chosen = chooser.without({Block(i, part) for part, layers in enumerate(ours.whole) for i in layers})
             choosing = choosing_ms(decoder, setting.batch, chosen) / 1e3
         self._facts[setting.name] = {
             "mode": setting.mode,

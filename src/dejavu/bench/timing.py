@@ -10,7 +10,7 @@ import numpy as np
 
 Run = Callable[[], Sequence[float]]
 Build = Callable[[], dict[str, Run]]
-Progress = Callable[[str, int], None]
+Started = Callable[[str], None]
 Finished = Callable[[dict[str, list[float]], int], None]
 
 
@@ -20,7 +20,7 @@ def interleave(
     *,
     warmup: int = 1,
     keep: bool = True,
-    progress: Progress | None = None,
+    started: Started = lambda _: None,
     finished: Finished | None = None,
 ) -> dict[str, list[float]]:
     """Run everything once a round, in order, for `repeat` rounds: A B A B ...
@@ -31,7 +31,7 @@ def interleave(
         warmup: rounds before the first that counts.
         keep: prepare once and hold everything in memory. False: prepare, run and free one after the other in
             every round, for things that don't fit side by side.
-        progress: called with the name of a run and its round, from 0, before it starts; warm-up is negative.
+        started: called with the name of a run before it starts.
         finished: called after each round that counts with the times so far, and the number of such rounds.
     Returns: for each run, the seconds of all units of all rounds, in order.
     """
@@ -40,8 +40,7 @@ def interleave(
 
     def measure(runs: dict[str, Run], number: int) -> None:
         for name, run in runs.items():
-            if progress is not None:
-                progress(name, number)
+            started(name)
             seconds = run()
             if number >= 0:
                 times[name] += seconds

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from types import MappingProxyType
 
@@ -12,8 +12,7 @@ from dejavu.checkpoint.slots import Slot
 from dejavu.checkpoint.source import BYTES, DTYPE_NAMES, Checkpoint
 from dejavu.device import parse_dtype, warn_once
 from dejavu.errors import CheckpointError
-
-Progress = Callable[[int, int], None]
+from dejavu.progress import Progress, silent
 
 # A wrong model_type makes every tensor wrong; past this many names a list says nothing more.
 NAMES_SHOWN = 20
@@ -83,22 +82,19 @@ def stored_dtype(checkpoint: Checkpoint, names: Iterable[str]) -> str:
     return size.most_common(1)[0][0]
 
 
-def fill(
-    checkpoint: Checkpoint, slots: dict[str, Slot], names: dict[str, str], progress: Progress | None = None
-) -> None:
+def fill(checkpoint: Checkpoint, slots: dict[str, Slot], names: dict[str, str], progress: Progress = silent) -> None:
     """Copy every tensor into its slot, converting the dtype, with a few megabytes of memory on top.
 
     Args:
         slots: mutated.
         names: tensor name -> slot name, as `match` returned them.
-        progress: called with (bytes done, bytes in all) after every piece.
+        progress: in bytes, told after every piece.
     """
     done, total = 0, sum(_nbytes(checkpoint, name) for name in names)
     for name, first, rows in checkpoint.tensors({name: slots[slot].unit for name, slot in names.items()}):
         slots[names[name]].fill(rows, first)
         done += rows.nbytes
-        if progress is not None:
-            progress(done, total)
+        progress(f"reading {checkpoint.name}", done, total)
 
 
 def _nbytes(checkpoint: Checkpoint, name: str) -> int:

@@ -141,14 +141,12 @@ def _selections(
 
 def _measured(output: Path | None, measure: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     """Run with a bar; the rounds so far lie in the output folder."""
-    from rich.console import Console
-
     rounds = None if output is None else output / PARTIAL
-    with nullcontext() if output is None else locked(output), _Bar(Console(stderr=True)) as bar:
+    with nullcontext() if output is None else locked(output), options.progress_bar() as progress:
         if rounds is None:
-            return measure(progress=bar)
+            return measure(progress=progress)
         _open(output, rounds)  # not before the lock: it may be another process's
-        return measure(progress=bar, save=lambda fields: write_json(rounds, fields))
+        return measure(progress=progress, save=lambda fields: write_json(rounds, fields))
 
 
 def _overhead(model: str, form: str, threads: int | None, backend: str, prompt: int, new_tokens: int) -> float:
@@ -223,24 +221,3 @@ def _peer_runs(names: list[str] | None, formats: list[str], prompts: list[int], 
                 raise
             typer.echo(str(error), err=True)
     return runs
-
-
-class _Bar:
-    """Progress on stderr, with the time left."""
-
-    def __init__(self, console):
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
-        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._progress.add_task("preparing", total=None)
-
-    def __enter__(self):
-        self._progress.start()
-        return self
-
-    def __exit__(self, *error):
-        self._progress.stop()
-
-    def __call__(self, name: str, done: int, total: int) -> None:
-        self._progress.update(self._task, description=name, completed=done, total=total)

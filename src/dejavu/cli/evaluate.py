@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from time import perf_counter
@@ -29,12 +29,14 @@ from dejavu.cli.options import (
     WeightsFormat,
     load_engine,
     make_selection,
+    progress_bar,
 )
 from dejavu.config import pack_selection, parse_share
 from dejavu.errors import ConfigError
 
 if TYPE_CHECKING:
     from dejavu.evaluate.settings import Setting
+    from dejavu.progress import Progress
 
 # Of the tables where no terminal says how wide it is.
 WIDTH = 160
@@ -228,44 +230,29 @@ def _run(
             first = next(iter(engines.values()))
             job = Evaluation(first, [task for task in tasks.split(",") if task], **documents)
             made_of = identify(name, first, settings)
-            with _progress() as (progress, stage):
-                return job.run(engines, identity=made_of, progress=progress, stage=stage, **run)
+            with _progress() as progress:
+                return job.run(engines, identity=made_of, progress=progress, **run)
     except KeyboardInterrupt:
         kept = "nothing was kept (give --output)" if run["output"] is None else "the same command goes on from there"
         typer.echo(f"stopped; {kept}", err=True)
         raise typer.Exit(130) from None
 
 
-@contextmanager
-def _progress() -> Iterator[tuple[Callable[[int, int], None], Callable[[str], None]]]:
-    """Shows tokens scored, and the time left, on stderr: a bar, or where it is no terminal a line now and then."""
+def _progress() -> AbstractContextManager[Progress]:
+    """Shows how far it is, and the time left, on stderr: a bar, or where it is no terminal a line now and then."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _lines(), lambda _: None
-        return
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, speed_estimate_period=600) as bar:
-        shown = bar.add_task("scoring tokens", total=None)
-
-        def progress(done: int, total: int) -> None:
-            if bar.tasks[shown].total is None:
-                bar.reset(shown, total=total, completed=done)  # what an earlier run scored says nothing of the speed
-            bar.update(shown, completed=done)
-
-        yield progress, lambda what: bar.update(shown, description=what)
+    return progress_bar() if Console(stderr=True).is_terminal else nullcontext(_lines())
 
 
-def _lines() -> Callable[[int, int], None]:
+def _lines() -> Progress:
     started = last = perf_counter()
     first: int | None = None
 
-    def progress(done: int, total: int) -> None:
+    def progress(what: str, done: int, total: int) -> None:
         nonlocal first, last
         first, now = done if first is None else first, perf_counter()
-        if done > first and now - last >= LINE_S:
+        if what == "scoring" and done > first and now - last >= LINE_S:
             left = round((now - started) / (done - first) * (total - done))
             typer.echo(f"scored {done:,} of {total:,} tokens, {timedelta(seconds=left)} left", err=True)
             last = now

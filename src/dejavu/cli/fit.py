@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dejavu.artifacts import check_folder, check_new, locked, to_json
-from dejavu.cli.options import Dtype, Json, Revision, Threads, load_engine, stage_bars
+from dejavu.cli.options import Dtype, Json, Revision, Threads, load_engine, progress_bar
 from dejavu.config import parse_share
 from dejavu.errors import ConfigError
 
@@ -98,7 +98,7 @@ def _run(
     config: FitConfig,
     stage: str | None,
 ) -> Pack | None:
-    """The job, with bars on stderr. how: as load_engine takes it."""
+    """The job, with a bar on stderr. how: as load_engine takes it."""
     from rich.console import Console
     from rich.filesize import decimal
 
@@ -117,7 +117,7 @@ def _run(
         f"fit needs up to {decimal(need['disk'])} of disk and {decimal(need['memory'])} of memory beside the model"
     )
     try:
-        with stage_bars() as progress:
+        with progress_bar() as progress:
             judging = documents(check_text) if check_text else None
             return run(engine, documents(text), out, config, check=judging, stage=stage, progress=progress)
     except KeyboardInterrupt:

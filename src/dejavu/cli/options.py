@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from dejavu.engine.engine import Engine
     from dejavu.engine.generation import Stats
+    from dejavu.progress import Progress
 
 
 def _default(field: str) -> str:
@@ -83,42 +84,33 @@ def make_selection(
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar over bytes on stderr, gone when it is done; the value is called with (bytes done, bytes in all)."""
+def progress_bar() -> Iterator[Progress]:
+    """A bar on stderr, gone when it is done: what is being done, how much of it, and the time left."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    columns = TextColumn(title), BarColumn(), DownloadColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    shown = Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal, speed_estimate_period=600
+    )
+    with shown:
+        task = shown.add_task("preparing", total=None)
 
+        def progress(what: str, done: int, total: int) -> None:
+            if total != shown.tasks[0].total or done < shown.tasks[0].completed:
+                # Something else is counted now, or an earlier run did the beginning: no measure of the speed.
+                shown.reset(task, total=total, completed=done, description=what)
+            shown.update(task, description=what, completed=done)
 
-@contextmanager
-def stage_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr for each stage that is named; the value is called with (stage, done, total)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description:10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        tasks: dict[str, int] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage)
-            bar.update(tasks[stage], completed=done, total=total)
-
-        yield show
+        yield progress
 
 
 def load_engine(model: str, **settings) -> Engine:
     """dejavu.load with a progress bar."""
     from dejavu.engine.engine import Engine
 
-    with progress_bar(f"Loading {model}") as progress:
+    with progress_bar() as progress:
         return Engine.load(model, progress=progress, **settings)
 
 

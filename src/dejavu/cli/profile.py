@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from dejavu.artifacts import to_json
-from dejavu.cli.options import Dtype, Json, Revision, Threads, load_engine, stage_bars
+from dejavu.cli.options import Dtype, Json, Revision, Threads, load_engine, progress_bar
 from dejavu.profile.settings import ProfileConfig
 
 DEFAULT = ProfileConfig()
@@ -84,7 +84,7 @@ def _run(
     settings: ProfileConfig,
     overwrite: bool,
 ) -> dict:
-    """The job, with bars on stderr. how: as load_engine takes it."""
+    """The job, with a bar on stderr. how: as load_engine takes it."""
     # Imported here, because PyTorch takes seconds to import.
     from dejavu.artifacts import check_folder, locked
     from dejavu.checkpoint.source import BUNDLED, open_checkpoint
@@ -102,7 +102,7 @@ def _run(
             engine = load_engine(name, mode="dense", backend="cpu", revision=revision, **how)
             checkpoint_hash = open_checkpoint(name, revision=revision).hash
             about = {"name": name, "checkpoint_hash": checkpoint_hash, "overwrite": overwrite}
-            with stage_bars() as progress:
+            with progress_bar() as progress:
                 return run(engine, text, output, settings, progress=progress, **about)
     except KeyboardInterrupt:
         typer.echo(f"stopped; the same command goes on from what {output} holds", err=True)

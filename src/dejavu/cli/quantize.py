@@ -39,7 +39,7 @@ def quantize(
     checkpoint = open_checkpoint(model, revision=revision)
     if saved_settings(checkpoint) is not None:
         raise ConfigError(f"{model}: is quantised already; start from the model it was made of")
-    with new_folder(out) as folder, progress_bar(f"Quantising {model}") as progress:
+    with new_folder(out) as folder, progress_bar() as progress:
         _, loaded = load_weights(
             checkpoint, ops=backend("cpu"), dtype=dtype, quantization=quantization, progress=progress
         )

@@ -24,8 +24,8 @@ from dejavu.kernels.reference import Selection, Tokens
 from dejavu.model.counts import Counts
 from dejavu.model.decoder import Decoder
 from dejavu.selection import Selector
+from dejavu.selection.block import HEADS, NEURONS, Block
 from dejavu.selection.fixed import fixed_selection
-from dejavu.selection.selector import Part
 
 # Weights that one timing reads: more than caches hold.
 _MEASURED_BYTES = 256 << 20
@@ -41,7 +41,7 @@ _ALL, _NONE = -1e30, 1e30
 # Tokens that each of the model's own texts has, and how many of them come before unions are counted.
 _WRITTEN, _BEFORE = 24, 8
 
-_remembered: WeakKeyDictionary[Selector, dict[tuple, frozenset[Part]]] = WeakKeyDictionary()
+_remembered: WeakKeyDictionary[Selector, dict[tuple, frozenset[Block]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -63,18 +63,18 @@ class Costs:
     neurons_whole: tuple[float, float]
     choosing: tuple[float, float] = (0.0, 0.0)
 
-    def heads_dense(self, density: float) -> bool:
+    def heads_faster_whole(self, density: float) -> bool:
         """Whether attention is faster whole than with this share of the heads."""
         return self.choosing[0] + self.heads[0] + self.heads[1] * density > self.heads_whole
 
-    def neurons_dense(self, density: float, output: float) -> bool:
+    def neurons_faster_whole(self, density: float, output: float) -> bool:
         """Whether the MLP is faster whole than with this share of first rows, of output rows."""
         sparse = self.choosing[1] + self.neurons[0] + self.neurons[1] * density + self.neurons[2] * output
         return sparse > self.neurons_whole[0] + self.neurons_whole[1] * output
 
 
-def whole_parts(decoder: Decoder, size: int, pending: int | None, selector: Selector) -> frozenset[Part]:
-    """The parts that a step of `size` tokens reads whole: measured once for each size, setting and number of threads.
+def whole_blocks(decoder: Decoder, size: int, pending: int | None, selector: Selector) -> frozenset[Block]:
+    """The blocks that a step of `size` tokens reads whole: measured once for each size, setting and number of threads.
 
     Args:
         pending: of the cache, as Decoder.new_cache takes it.
@@ -91,17 +91,17 @@ def whole_parts(decoder: Decoder, size: int, pending: int | None, selector: Sele
 
 def too_dense(
     costs: Costs, densities: tuple[Sequence[float], Sequence[Sequence[float]]], selector: Selector
-) -> frozenset[Part]:
-    """The parts that are selected and would cost less whole. densities: as union_densities returns them."""
+) -> frozenset[Block]:
+    """The blocks that are selected and would cost less whole. densities: as union_densities returns them."""
     heads, rows = densities
-    parts = set()
+    blocks = set()
     for layer, (head_cut, neuron_cut) in enumerate(selector.cuts):
-        if head_cut is not None and costs.heads_dense(heads[layer]):
-            parts.add((layer, 0))
+        if head_cut is not None and costs.heads_faster_whole(heads[layer]):
+            blocks.add(Block(layer, HEADS))
         first, *output = rows[layer]
-        if neuron_cut is not None and costs.neurons_dense(first, sum(output) / len(output)):
-            parts.add((layer, 1))
-    return frozenset(parts)
+        if neuron_cut is not None and costs.neurons_faster_whole(first, sum(output) / len(output)):
+            blocks.add(Block(layer, NEURONS))
+    return frozenset(blocks)
 
 
 def union_densities(
@@ -128,7 +128,7 @@ def union_densities(
 
 
 def measure_costs(decoder: Decoder, size: int, pending: int | None, selector: Selector) -> Costs:
-    """The costs of a decoder's layers in steps of `size` tokens. Args: as of whole_parts."""
+    """The costs of a decoder's layers in steps of `size` tokens. Args: as of whole_blocks."""
     return _Meter(decoder, size, pending).costs(selector)
 
 
@@ -232,10 +232,10 @@ class _Meter:
 
     def _choosing(self, selector: Selector) -> tuple[float, float]:
         """Of the heads and of the neurons of a layer, each measured with the other read whole."""
-        L = self._decoder.config.num_hidden_layers
+        blocks = Block.all(self._decoder.config.num_hidden_layers)
         works, chosen = [], []
-        for part in (0, 1):
-            alone = selector.without({(layer, 1 - part) for layer in range(L)})
+        for part in (HEADS, NEURONS):
+            alone = selector.without({block for block in blocks if block.part != part})
             chosen.append(sum(pair[part] is not None for pair in selector.cuts))
             works.append(_choosing(self._decoder, self._size, alone))
         total = _milliseconds(self._decoder, works, 1)

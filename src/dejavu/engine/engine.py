@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from dejavu.checkpoint.layout import Quantization, parse_quantization
-from dejavu.checkpoint.load import Progress
 from dejavu.checkpoint.source import BUNDLED, Checkpoint, open_checkpoint
 from dejavu.config import Mode, ModelConfig, SamplingParams, SelectionConfig, Setting, pack_selection
 from dejavu.device import default_threads, require_memory
@@ -27,6 +26,7 @@ from dejavu.kernels import backend as load_backend
 from dejavu.kernels.base import Backend
 from dejavu.model.decoder import Decoder
 from dejavu.model.hooks import TokenMasks
+from dejavu.progress import Progress, silent
 from dejavu.selection import Selector, make_selector
 from dejavu.selection.oracle import Importance
 from dejavu.selection.pack import check_pack, load_pack
@@ -86,7 +86,7 @@ class Engine:
         threads: int | None = None,
         backend: str = "auto",
         revision: str | None = None,
-        progress: Progress | None = None,
+        progress: Progress = silent,
     ) -> Engine:
         """Load a model.
 
@@ -101,7 +101,7 @@ class Engine:
             threads: CPU threads of the whole process; None: all that it may use.
             backend: of the kernels: "cpu", "triton", "reference", or "auto": triton where there is an NVIDIA GPU.
             revision: branch, tag or commit of a hub id.
-            progress: called with (bytes done, bytes in all) while weights are read.
+            progress: told while weights are read, in bytes.
         Raises: CheckpointError, ConfigError.
         """
         if pack is not None:

@@ -95,27 +95,27 @@ class Batch:
         started: float,
     ):
         self._decoder, self._steps, self._started = decoder, steps, started
-        self._rows = [_Row(ids, params, decoder.config, tokenizer) for ids in prompts]
+        self._texts = [_Text(ids, params, decoder.config, tokenizer) for ids in prompts]
         # One size until the end: which texts have ended then changes no other's.
         self._size = bucket(len(prompts))
         self._step_s: list[float] = []
         self._attended = self._read = 0  # tokens attended to, over all tokens read; and these
 
     def chunks(self) -> Iterator[Chunk]:
-        """A chunk for each token of each row, as they come."""
+        """A chunk for each token of each text, as they come."""
         cache = self._steps.cache
         self._steps.restart()
-        taken = [cache.take() for _ in self._rows]
+        taken = [cache.take() for _ in self._texts]
         try:
-            for index, row in enumerate(self._rows):
+            for index, text in enumerate(self._texts):
                 began = perf_counter()
-                logits = self._decoder.prefill(torch.tensor(row.prompt_ids), cache, taken[index], narrow=True).cpu()
-                row.prefill_s = perf_counter() - began
-                text, logprob = row.take(logits)
-                row.ttft_s = perf_counter() - self._started
-                yield self._chunk(index, text, logprob)
+                logits = self._decoder.prefill(torch.tensor(text.prompt_ids), cache, taken[index], narrow=True).cpu()
+                text.prefill_s = perf_counter() - began
+                piece, logprob = text.take(logits)
+                text.ttft_s = perf_counter() - self._started
+                yield self._chunk(index, piece, logprob)
             window = self._decoder.config.sliding_window or cache.capacity
-            while live := [index for index, row in enumerate(self._rows) if row.finish_reason is None]:
+            while live := [index for index, text in enumerate(self._texts) if text.finish_reason is None]:
                 rows = [taken[index] for index in live]
                 with closing(self._taken(live, rows)) as steps:
                     began = perf_counter()
@@ -123,9 +123,9 @@ class Batch:
                         self._step_s.append(perf_counter() - began)
                         self._attended += sum(min(cache.length(row), window) for row in rows)
                         self._read += len(rows)
-                        for index, (text, logprob) in zip(live, said, strict=True):
-                            yield self._chunk(index, text, logprob)
-                        if any(self._rows[index].finish_reason for index in live):
+                        for index, (piece, logprob) in zip(live, said, strict=True):
+                            yield self._chunk(index, piece, logprob)
+                        if any(self._texts[index].finish_reason for index in live):
                             break
                         began = perf_counter()
         finally:
@@ -133,26 +133,28 @@ class Batch:
                 cache.release(row)
 
     def _taken(self, live: list[int], rows: list[int]) -> Iterator[list[tuple[str, TokenLogprob | None]]]:
-        """What rows say step by step, as `_Row.take` returns it."""
-        texts = [self._rows[index] for index in live]
+        """What texts say step by step, as `_Text.take` returns it."""
+        texts = [self._texts[index] for index in live]
         if all(text.greedy for text in texts):
+            # These end with the text that may say least: by its last step it has a reason to finish.
             left, step = min(text.left for text in texts), self._steps.step(self._size)
             for chosen in step.greedy([text.token_ids[-1] for text in texts], rows, left):
                 yield [text.accept(token) for text, token in zip(texts, chosen, strict=True)]
-        while True:
-            logits = self._steps.run([text.token_ids[-1] for text in texts], rows, self._size)
-            yield [text.take(of_row) for text, of_row in zip(texts, logits, strict=True)]
+        else:
+            while True:
+                logits = self._steps.run([text.token_ids[-1] for text in texts], rows, self._size)
+                yield [text.take(of_row) for text, of_row in zip(texts, logits, strict=True)]
 
-    def _chunk(self, index: int, text: str, logprob: TokenLogprob | None) -> Chunk:
-        row = self._rows[index]
-        generation = None if row.finish_reason is None else row.result(self._stats(row))
-        return Chunk(text, row.token_ids[-1], logprob, generation, index)
+    def _chunk(self, index: int, piece: str, logprob: TokenLogprob | None) -> Chunk:
+        text = self._texts[index]
+        generation = None if text.finish_reason is None else text.result(self._stats(text))
+        return Chunk(piece, text.token_ids[-1], logprob, generation, index)
 
-    def _stats(self, row: _Row) -> Stats:
-        """The row's own times, and the batch's steps until the row's end."""
+    def _stats(self, text: _Text) -> Stats:
+        """The text's own times, and the batch's steps until its end."""
         steps, decode_s, config, counts = len(self._step_s), sum(self._step_s), self._decoder.config, self._steps.counts
-        times = {"prompt_tokens": len(row.prompt_ids), "new_tokens": len(row.token_ids), "prefill_s": row.prefill_s}
-        times |= {"ttft_s": row.ttft_s, "decode_s": decode_s}
+        times = {"prompt_tokens": len(text.prompt_ids), "new_tokens": len(text.token_ids), "prefill_s": text.prefill_s}
+        times |= {"ttft_s": text.ttft_s, "decode_s": decode_s}
         if not steps:
             return Stats(
                 **times, decode_tok_per_s=None, step_ms_p50=None, step_bytes=None, mlp_density=None, attn_density=None
@@ -160,7 +162,7 @@ class Batch:
         read, attn_read = counts.rows_read.cpu() / counts.steps, counts.attn_read.cpu() / counts.steps
         return Stats(
             **times,
-            decode_tok_per_s=(len(row.token_ids) - 1) / decode_s,
+            decode_tok_per_s=(len(text.token_ids) - 1) / decode_s,
             step_ms_p50=median(self._step_s) * 1e3,
             step_bytes=step_bytes(
                 config,
@@ -177,7 +179,7 @@ class Batch:
         )
 
 
-class _Row:
+class _Text:
     """One prompt on its way: chooses its next token, turns it into text, and knows when to end."""
 
     def __init__(self, prompt_ids: Sequence[int], params: SamplingParams, config: ModelConfig, tokenizer: Tokenizer):
@@ -192,7 +194,7 @@ class _Row:
         self._detokenizer = Detokenizer(tokenizer.decode, prompt_ids)
         self._scanner = StopScanner(params.stop)
         self._spelled = tokenizer.spelled if params.stop else lambda token: ""
-        self._texts: list[str] = []
+        self._pieces: list[str] = []
         self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
 
     @property
@@ -218,12 +220,12 @@ class _Row:
         elif over:
             self.finish_reason = "eos" if ended else "length"
             text += self._scanner.flush()
-        self._texts.append(text)
+        self._pieces.append(text)
         return text, logprob
 
     def result(self, stats: Stats) -> Generation:
         return Generation(
-            text="".join(self._texts),
+            text="".join(self._pieces),
             token_ids=tuple(self.token_ids),
             finish_reason=self.finish_reason,
             stop=self._scanner.hit,

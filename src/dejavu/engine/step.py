@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dejavu.config import Mode
-from dejavu.engine.crossover import whole_parts
+from dejavu.engine.crossover import whole_blocks
 from dejavu.errors import ConfigError, NotFiniteError
 from dejavu.kernels.base import Recording
 from dejavu.kernels.reference import Tokens
@@ -18,7 +18,7 @@ from dejavu.model.counts import Counts
 from dejavu.model.decoder import Decoder
 from dejavu.model.finite import is_finite, not_finite, trace
 from dejavu.selection import Selector
-from dejavu.selection.selector import Part
+from dejavu.selection.block import HEADS, NEURONS, Block
 
 
 class DecodeStep:
@@ -240,7 +240,7 @@ class Steps:
         self._crossover = crossover and selector is not None and can_capture(decoder, selector)
         self.counts = Counts(decoder.config, decoder.device)
         self._steps: dict[int, DecodeStep] = {}
-        self._whole: dict[int, frozenset[Part]] = {}
+        self._whole: dict[int, frozenset[Block]] = {}
 
     def run(self, ids: Sequence[int], rows: Sequence[int], size: int | None = None) -> Tensor:
         """As DecodeStep.run, by the step of `size` tokens; None: by the smallest that holds them."""
@@ -250,7 +250,7 @@ class Steps:
         """The step of one size."""
         if size not in self._steps:
             selector = self._selector
-            if whole := self._parts(size):
+            if whole := self._whole_blocks(size):
                 selector = selector.without(whole)
             settings = self._decoder, self.cache, size, self._mode, selector, self.counts, self._captured
             self._steps[size] = DecodeStep(*settings, next(iter(self._steps.values()), None))
@@ -264,20 +264,20 @@ class Steps:
 
     def whole(self, size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The layers that the step of a size reads whole, since selecting does not pay: of heads, of neurons."""
-        parts = self._parts(size)
-        return tuple(tuple(sorted(layer for layer, p in parts if p == part)) for part in (0, 1))
+        blocks = sorted(self._whole_blocks(size))
+        return tuple(tuple(layer for layer, p in blocks if p == part) for part in (HEADS, NEURONS))
 
     def predictor_bytes(self, size: int) -> int:
         """What the selector reads in a step of a size to choose, where it says so."""
-        parts = self._parts(size)
-        return 0 if self._selector is None else getattr(self._selector.without(parts), "nbytes", 0)
+        whole = self._whole_blocks(size)
+        return 0 if self._selector is None else getattr(self._selector.without(whole), "nbytes", 0)
 
-    def _parts(self, size: int) -> Collection[Part]:
+    def _whole_blocks(self, size: int) -> Collection[Block]:
         if not self._crossover or size == 1:
             # A single row reads what was asked for, on every machine; what a union holds nobody asked for.
             return frozenset()
         if size not in self._whole:
-            self._whole[size] = whole_parts(self._decoder, size, self.cache.pending or None, self._origin)
+            self._whole[size] = whole_blocks(self._decoder, size, self.cache.pending or None, self._origin)
         return self._whole[size]
 
 

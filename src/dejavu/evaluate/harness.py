@@ -205,7 +205,7 @@ class DejavuLM(HarnessModel):
 
         with tqdm(total=None, desc="Scoring tokens", unit="tok") as bar:
 
-            def show(done: int, total: int) -> None:
+            def show(what: str, done: int, total: int) -> None:
                 bar.total = total
                 bar.update(done - bar.n)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from math import isfinite
 from pathlib import Path
@@ -11,15 +11,16 @@ from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from dejavu.artifacts import write_json
+from dejavu.artifacts import resumable, write_json
 from dejavu.engine.engine import Engine
 from dejavu.engine.scoring import Path as ScoringPath
 from dejavu.engine.scoring import Request
 from dejavu.errors import ConfigError
 from dejavu.evaluate import stats
 from dejavu.evaluate.perplexity import DEFINITION, TextTask, text_task
-from dejavu.evaluate.scores import SCORES_FILE, Progress, Score, Scores
+from dejavu.evaluate.scores import SCORES_FILE, Score, Scores
 from dejavu.evaluate.tasks import TASK_SUFFIXES, hub_tasks, local_names, quiet, read_local, resolve
+from dejavu.progress import Progress, silent
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -108,8 +109,7 @@ class Evaluation:
         overwrite: bool = False,
         identity: Mapping | None = None,
         speed: bool = True,
-        progress: Progress = lambda *_: None,
-        stage: Callable[[str], None] = lambda _: None,
+        progress: Progress = silent,
     ) -> dict:
         """Score, and report.
 
@@ -120,18 +120,17 @@ class Evaluation:
             overwrite: start anew in a folder that holds an evaluation.
             identity: says which model and settings these are; with another, the folder is refused.
             speed: time decode steps too.
-            progress, stage: called with tokens done and in all, and with what is being done.
+            progress: of scoring in tokens (Scores.compute), of what follows only that it is being done.
         Returns: what results.json holds; see docs/evaluate.md.
         Raises: ConfigError.
         """
         started = perf_counter()
         method = {"path": path, "batch": batch}
         requests = self._requests()  # the harness asks, and what cannot be answered is refused, before any work
-        file = _open(output, overwrite)
+        file = None if output is None else resumable(output, SCORES_FILE, "evaluation", overwrite=overwrite)
         table = Scores(engines, path, batch, file, {**dict(identity or {}), **method, "settings": list(engines)})
-        stage("scoring")
         table.compute(requests, progress)
-        stage("tasks")
+        progress("tasks", 0, 1)
         result = {
             "schema_version": SCHEMA_VERSION,
             **dict(identity or {}),
@@ -143,7 +142,7 @@ class Evaluation:
             "reads": {name: reads.densities() for name, reads in table.reads.items()},
             "scoring_seconds": {name: round(seconds, 2) for name, seconds in table.seconds.items()},
         }
-        stage("speed")
+        progress("speed", 0, 1)
         result["decode"] = time_decode(engines, requests) if speed else dict.fromkeys(engines, NOT_TIMED)
         result["seconds"] = round(perf_counter() - started, 1)
         if output is not None:
@@ -272,23 +271,6 @@ def _add(sources: dict[str, str], name: str, source: str) -> None:
     if name in sources:
         raise ConfigError(f"{source}: {sources[name]} has the same name, {name!r}; rename one")
     sources[name] = source
-
-
-def _open(output: Path | None, overwrite: bool) -> Path | None:
-    """The file of scores in the output folder, which is made; a folder of something else is refused."""
-    if output is None:
-        return None
-    file = output / SCORES_FILE
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        strange = not file.exists() and any(output.iterdir())
-        if overwrite:
-            file.unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{output}: cannot be written ({error.strerror}); choose another folder") from error
-    if strange and not overwrite:
-        raise ConfigError(f"{output}: holds files that are no evaluation; choose another folder, or --overwrite")
-    return file
 
 
 @contextmanager

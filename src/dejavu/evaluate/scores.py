@@ -19,13 +19,11 @@ from dejavu.engine.engine import Engine
 from dejavu.engine.scoring import Path as ScoringPath
 from dejavu.engine.scoring import Reads, Request, Scorer, passes
 from dejavu.errors import ConfigError, DejavuError
+from dejavu.progress import Progress, silent
 
 SCORES_FILE = "scores.jsonl"
 # Logits of one pass, at most: 2**25 numbers are 128 MB, and those of the reference are kept beside them.
 LOGITS = 1 << 25
-
-# Called with tokens scored, and tokens in all; each counts once for every engine.
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -68,19 +66,22 @@ class Scores:
         if file is not None:
             self._open(file, identity)
 
-    def compute(self, requests: Sequence[Request], progress: Progress = lambda *_: None) -> None:
-        """Score what is not in the table yet. Interrupted, it loses the pass it is in and no more."""
+    def compute(self, requests: Sequence[Request], progress: Progress = silent) -> None:
+        """Score what is not in the table yet. Interrupted, it loses the pass it is in and no more.
+
+        progress: in tokens; each counts once for every engine.
+        """
         wanted = {_key(r): r for r in requests}
         missing = [(key, r) for key, r in wanted.items() if key not in self._table]
         total = len(self._engines) * sum(r.length for r in wanted.values())
         done = total - len(self._engines) * sum(r.length for _, r in missing)
-        progress(done, total)
+        progress("scoring", done, total)
         size = min(1024, max(64, LOGITS // next(iter(self._engines.values())).config.vocab_size))
         for chunk in passes([r for _, r in missing], size):
             tokens, begun = sum(missing[i][1].length for i in chunk), done
 
             def scored(engines: int, tokens: int = tokens, begun: int = begun) -> None:
-                progress(begun + engines * tokens, total)
+                progress("scoring", begun + engines * tokens, total)
 
             self._add(self._score([missing[i] for i in chunk], scored), keep=True)
             done += len(self._engines) * tokens

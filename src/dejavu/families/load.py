@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 
 from dejavu.checkpoint.layout import Quantization, Weights, allocate, require_weight_memory
-from dejavu.checkpoint.load import Progress, fill, match, stored_dtype
+from dejavu.checkpoint.load import fill, match, stored_dtype
 from dejavu.checkpoint.saved import saved_settings, saved_slots
 from dejavu.checkpoint.source import BYTES, DTYPE_NAMES, Checkpoint
 from dejavu.config import ModelConfig
@@ -17,6 +17,7 @@ from dejavu.device import choose_dtype, warn_once
 from dejavu.errors import CheckpointError, ConfigError
 from dejavu.families import family, parse
 from dejavu.kernels.base import Backend
+from dejavu.progress import Progress, silent
 
 # The output matrix, by its name in every family.
 HEAD = "lm_head.weight"
@@ -76,7 +77,7 @@ def load_weights(
     ops: Backend,
     dtype: str = "auto",
     quantization: Quantization | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> tuple[ModelConfig, Weights]:
     """Read a model's weights; peak memory stays under 1.15 times their size, or
     quantised, their size and one matrix.
@@ -86,7 +87,7 @@ def load_weights(
         dtype: of the matrices: "fp32", "bf16", "fp16", or "auto" (device.choose_dtype). Norms and biases are
             float32 always.
         quantization: quantise the matrices as they are read; None: not.
-        progress: called with (bytes done, bytes in all) as tensors are read.
+        progress: in bytes, told as tensors are read.
     Raises: CheckpointError for an unsupported or damaged checkpoint, and CapacityError for one larger than the free
         memory, before memory is taken; ConfigError and KernelUnavailable for a dtype that does not exist or cannot run.
     """

@@ -156,7 +156,7 @@ class Quantized:
 Weight = Tensor | Quantized
 
 
-def dense(weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantized(weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weights as a plain tensor of a dtype, whatever format they are stored in."""
     return weight.dequantize(dtype) if isinstance(weight, Quantized) else weight.to(dtype)
 
@@ -244,11 +244,11 @@ def _decode(rows: Quantized) -> Tensor:
     if offsets is None:
         q = torch.where(q > 7, q - 16, q)
 
-    def spread(x: Tensor) -> Tensor:
+    def per_value(x: Tensor) -> Tensor:
         return x.float().repeat_interleave(group, 1)[:, :width]
 
-    q = q * spread(scales)
-    return q if offsets is None else q + spread(offsets)
+    q = q * per_value(scales)
+    return q if offsets is None else q + per_value(offsets)
 
 
 def _pad(w: Tensor, multiple: int) -> Tensor:

@@ -1,8 +1,8 @@
 """What every op means, in plain PyTorch. The other backends are tested against this file.
 
 One decode step works on `N` tokens (`Tokens`), each of some row of the cache. All activations are float32; weights
-are float32, bfloat16, float16 or quantised (quantized.py: an op computes with what `dense` makes of them); norms and
-biases are float32; index and position tensors are int32.
+are float32, bfloat16, float16 or quantised (quantized.py: an op computes with what `dequantized` makes of them); norms
+and biases are float32; index and position tensors are int32.
 
 Padding fills a step up to its size. No op reads or writes the cache for it, selects or counts for it, or lets it open
 a row of weights; what an op returns for it is undefined. Ops that treat every token alike take `tokens` only to know
@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dejavu.kernels.quantized import Weight, dense
+from dejavu.kernels.quantized import Weight, dequantized
 
 Selection = tuple[Tensor, Tensor] | None
 
@@ -80,7 +80,7 @@ def embed(tokens: Tokens, table: Weight) -> Tensor:
         table: (V, E).
     Returns: (N, E) float32.
     """
-    return dense(table[tokens.ids.long()])
+    return dequantized(table[tokens.ids.long()])
 
 
 def add_positions(x: Tensor, tokens: Tokens, table: Tensor, offset: int) -> None:
@@ -130,7 +130,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, tokens: Tokens
 
     Reads M*C weights once for all tokens; accumulates in float32.
     """
-    return F.linear(x, dense(weight), bias)
+    return F.linear(x, dequantized(weight), bias)
 
 
 def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ def attn_qkv(
     selected = _head_mask(heads, G * r, x.device).view(G, r)
 
     def project(rows: Tensor, group: int, part: int, positions: Tensor) -> Tensor:
-        out = rows @ dense(blocks[group, part]).T
+        out = rows @ dequantized(blocks[group, part]).T
         out = out if bias is None else out + bias[group, part]
         return out if cos_sin is None or part > r else rotate(out, cos_sin[positions.long()])
 
@@ -258,7 +258,7 @@ def attn_out(o: Tensor, blocks: Weight, heads: Selection = None, tokens: Tokens 
     G, parts, D, C = blocks.shape
     r = (parts - 2) // 2
     keep = _head_mask(heads, G * r, o.device)
-    rows = dense(blocks[:, r + 2 :]).reshape(G * r, D, C)
+    rows = dequantized(blocks[:, r + 2 :]).reshape(G * r, D, C)
     o = torch.where(keep[None, :, None], o, torch.zeros_like(o))
     return torch.einsum("bhd,hdc->bc", o, rows)[None]
 
@@ -292,7 +292,7 @@ def mlp(
     """
     rows, bias, total = _select_rows(rows, bias, neurons)
     gated = rows.shape[1] == 3
-    weights = dense(rows)
+    weights = dequantized(rows)
     bias = (
         torch.zeros(rows.shape[0], rows.shape[1] - 1, device=x.device)
         if bias is None

@@ -13,7 +13,7 @@ from torch import Tensor
 from dejavu.checkpoint.layout import Attention, Mlp, Norm, Weights
 from dejavu.config import ModelConfig
 from dejavu.kernels.base import Backend
-from dejavu.kernels.quantized import Weight, dense
+from dejavu.kernels.quantized import Weight, dequantized
 from dejavu.kernels.reference import activate, rotate
 
 
@@ -33,7 +33,7 @@ class Blocks:
 
     def embed(self, ids: Tensor, positions: Tensor, weights: Weights) -> Tensor:
         """(N, C) float32 for tokens ids (N,) int64 at positions (N,) int64; learned positions are added."""
-        x = dense(weights.embed[ids])
+        x = dequantized(weights.embed[ids])
         if weights.project_in is not None:
             x = self._linear(x, weights.project_in).float()
         if weights.position_table is not None:

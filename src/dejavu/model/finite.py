@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dejavu.errors import NotFiniteError
-from dejavu.model.hooks import Block, Hooks
+from dejavu.model.hooks import BlockName, Hooks
 
 if TYPE_CHECKING:
     from dejavu.model.decoder import Decoder
@@ -46,7 +46,7 @@ class Watch(Hooks):
         self._positions = positions
         self._look(x, "the embedding")
 
-    def block(self, layer: int, block: Block, x: Tensor, f: Tensor) -> None:
+    def block(self, layer: int, block: BlockName, x: Tensor, f: Tensor) -> None:
         name = f"layer {layer}: its {'attention' if block == 'attention' else 'MLP'}"
         self._look(f, name)
         self._look(x + f, f"{name}, added to what comes in,")

@@ -10,7 +10,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from dejavu.selection import ScoreSelector
 
-Block = Literal["attention", "mlp"]
+BlockName = Literal["attention", "mlp"]
 
 
 class Hooks:
@@ -31,7 +31,7 @@ class Hooks:
         up)."""
         return h
 
-    def block(self, layer: int, block: Block, x: Tensor, f: Tensor) -> None:
+    def block(self, layer: int, block: BlockName, x: Tensor, f: Tensor) -> None:
         """A block is done. x: (T, C) float32, the residual stream before it; f: (T, C) float32, what it adds."""
 
 

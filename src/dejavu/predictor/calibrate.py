@@ -23,8 +23,9 @@ from dejavu.kernels.base import Backend
 from dejavu.model.decoder import Decoder
 from dejavu.model.hooks import TokenMasks
 from dejavu.predictor.train import Data
+from dejavu.selection.block import HEADS, NEURONS, Block
 from dejavu.selection.pack import Point
-from dejavu.selection.predictor import HEADS, Lookahead, Predictor, PredictorSelector
+from dejavu.selection.predictor import Lookahead, Predictor, PredictorSelector
 from dejavu.selection.selector import Cut
 
 DENSITIES = tuple(np.geomspace(0.002, 0.9, 40))
@@ -50,13 +51,13 @@ class Option:
     precision: float  # share of the kept units that are active
 
 
-def block_options(block: int, predictor: Predictor, data: Data, weights: Weights) -> list[Option]:
+def block_options(block: Block, predictor: Predictor, data: Data, weights: Weights) -> list[Option]:
     """The options of a block, cheapest first; the last reads all."""
     y, norms = data.judge()
     scores, square, active = predictor.scores(reference.linear, y), norms.pow(2), norms > 0
     tokens, units = scores.shape
-    layer = weights.layers[block // 2]
-    if block % 2 == HEADS:
+    layer = weights.layers[block.layer]
+    if block.part == HEADS:
         r = layer.attn.heads_per_group
         # Query and output rows of a head; the keys and values of its group are as much, and read once.
         unit = out = 2 * layer.attn.blocks[0, 0].nbytes
@@ -76,7 +77,7 @@ def block_options(block: int, predictor: Predictor, data: Data, weights: Weights
         # The few tokens that the capacity cuts count as if it did not.
         kept = int(counts.sum())
         hit = hits[kept - 1].item()
-        if block % 2 == HEADS:
+        if block.part == HEADS:
             read = (kept + chosen.view(tokens, -1, r).any(2).sum().item()) * unit
         else:
             read = kept * (unit - out) + hit * out
@@ -91,7 +92,7 @@ def block_options(block: int, predictor: Predictor, data: Data, weights: Weights
             )
         )
     share = active.float().mean().item()
-    everything = layer.attn.blocks.nbytes if block % 2 == HEADS else units * (unit - out + share * out)
+    everything = layer.attn.blocks.nbytes if block.part == HEADS else units * (unit - out + share * out)
     options.append(Option(None, 1.0, 0.0, everything, 1.0, share))
     return [o for o in options if o.bytes < everything or o.cut is None]
 
@@ -136,10 +137,10 @@ class Judge:
         """One forward pass over all windows."""
         masks = TokenMasks(selector)
         kl = agree = loss = 0.0
-        for window, dense in zip(self._windows, self._dense, strict=True):
-            ours, reference = self._log_probs(window, masks), dense.float()
-            kl += _divergence(reference, ours)
-            agree += (ours.argmax(1) == reference.argmax(1)).sum().item()
+        for window, half in zip(self._windows, self._dense, strict=True):
+            ours, dense = self._log_probs(window, masks), half.float()
+            kl += _divergence(dense, ours)
+            agree += (ours.argmax(1) == dense.argmax(1)).sum().item()
             loss += F.nll_loss(ours[:-1], window[1:], reduction="sum").item()
         tokens = sum(len(w) for w in self._windows)
         c = self._decoder.config
@@ -160,9 +161,9 @@ class Judge:
         return total / sum(len(w) - 1 for w in self._windows)
 
 
-def _divergence(reference: Tensor, ours: Tensor) -> float:
+def _divergence(dense: Tensor, ours: Tensor) -> float:
     """Kullback-Leibler divergence, summed over tokens, of log-probabilities (T, V)."""
-    return (reference.exp() * (reference - ours)).sum().item()
+    return (dense.exp() * (dense - ours)).sum().item()
 
 
 class Search:
@@ -170,14 +171,14 @@ class Search:
 
     Args:
         options: of each block that has a predictor.
-        blocks: of the model.
+        blocks: of the model, in order.
     """
 
-    def __init__(self, options: dict[int, list[Option]], blocks: int):
+    def __init__(self, options: dict[Block, list[Option]], blocks: Sequence[Block]):
         self._options, self._blocks = options, blocks
-        self._sensitivity: dict[int, float] = {}
+        self._sensitivity: dict[Block, float] = {}
 
-    def probe(self, block: int, judge: Judge, select: Callable) -> float:
+    def probe(self, block: Block, judge: Judge, select: Callable) -> float:
         """Divergence per squared norm that this block loses, measured with all others dense."""
         options = self._options[block]
         sparse = [o for o in options if o.cut is not None and o.loss > 0]
@@ -187,18 +188,18 @@ class Search:
         option = min(sparse, key=lambda o: abs(o.loss - PROBE_LOSS * most))
         return max(judge.divergence(select(self.cuts({block: option})), PROBE_SHARE), 1e-9) / option.loss
 
-    def set_sensitivity(self, block: int, value: float) -> None:
+    def set_sensitivity(self, block: Block, value: float) -> None:
         self._sensitivity[block] = value
 
-    def choose(self, price: float) -> dict[int, Option]:
+    def choose(self, price: float) -> dict[Block, Option]:
         """For every block the option of least divergence + price * bytes. price: nats per byte."""
         return {
             block: min(options, key=lambda o: self._sensitivity[block] * o.loss + price * o.bytes)
             for block, options in self._options.items()
         }
 
-    def cuts(self, chosen: dict[int, Option]) -> list[Cut | None]:
-        return [chosen[b].cut if b in chosen else None for b in range(self._blocks)]
+    def cuts(self, chosen: dict[Block, Option]) -> list[Cut | None]:
+        return [chosen[b].cut if b in chosen else None for b in self._blocks]
 
     def price(self, divergence: float) -> float:
         """The highest price at which the blocks' divergences are expected to add up to no more than this."""
@@ -211,20 +212,19 @@ class Search:
 
 
 def make_select(
-    predictors: dict[int, Predictor], lookahead: Lookahead, config: ModelConfig, ops: Backend
+    predictors: dict[Block, Predictor], lookahead: Lookahead, config: ModelConfig, ops: Backend
 ) -> Callable[[Sequence[Cut | None]], PredictorSelector]:
     """A function from cuts by block to a selector."""
 
     def select(cuts: Sequence[Cut | None]) -> PredictorSelector:
-        pairs = [(cuts[2 * i], cuts[2 * i + 1]) for i in range(config.num_hidden_layers)]
-        return PredictorSelector(predictors, lookahead, pairs, config, ops)
+        return PredictorSelector(predictors, lookahead, Block.pairs(cuts), config, ops)
 
     return select
 
 
-def as_point(cuts: Sequence[Cut | None], measured: Measured, chosen: dict[int, Option], rest_bytes: float) -> Point:
+def as_point(cuts: Sequence[Cut | None], measured: Measured, chosen: dict[Block, Option], rest_bytes: float) -> Point:
     """A point of a pack. rest_bytes: what every step reads besides the blocks that have predictors."""
-    neurons = [o for b, o in chosen.items() if b % 2 != HEADS]
+    neurons = [o for b, o in chosen.items() if b.part == NEURONS]
     return Point(
         tuple(cuts),
         {

@@ -3,7 +3,7 @@
 Files of one folder, appended to window by window; `state.json` says how many windows are whole, and whatever lies
 beyond is cut off on resuming. For T tokens in all:
 
-- `block{b}.bf16`: (T, C), the normalised input of block b (2 * layer: attention, 2 * layer + 1: MLP);
+- `block{b}.bf16`: (T, C), the normalised input of block number b;
 - `heads{l}.f16`: (T, H), the norm of each head's contribution;
 - `active{l}.bits`: (T, ceil(I / 8)), which neurons are active, packed as numpy.packbits does;
 - `norms{l}.f16`: the norms of the active neurons' contributions, token after token, in the order of the bits.
@@ -22,10 +22,11 @@ from dejavu.artifacts import read_json, write_json
 from dejavu.errors import ConfigError
 from dejavu.model.decoder import Decoder
 from dejavu.model.hooks import Hooks
+from dejavu.progress import Progress, silent
+from dejavu.selection.block import HEADS, NEURONS, Block
 from dejavu.selection.oracle import OutputNorms
 
 STATE = "state.json"
-Progress = Callable[[int, int], None]
 
 
 def needed_bytes(decoder: Decoder, tokens: int, density: float = 0.3) -> int:
@@ -42,7 +43,7 @@ def collect(
     folder: Path,
     *,
     label_error: float = 0.0,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> None:
     """Run the model densely over `count` windows and write the files above; goes on where it was stopped.
 
@@ -59,14 +60,11 @@ def collect(
         saved = read_json(state)
         done, sizes = saved.get("windows"), saved.get("bytes")
         if type(done) is not int or not isinstance(sizes, dict) or {type(n) for n in sizes.values()} - {int}:
-            raise ConfigError(f"{state}: is damaged (expected windows and bytes); remove {folder.parent} to begin anew")
+            raise damaged(state, "expected windows and bytes", folder.parent)
         for name, size in sizes.items():
             found = (folder / name).stat().st_size if (folder / name).exists() else 0
             if found < size:
-                raise ConfigError(
-                    f"{folder / name}: is damaged (expected {size} bytes, found {found}); remove {folder.parent} to "
-                    "begin anew"
-                )
+                raise damaged(folder / name, f"expected {size} bytes, found {found}", folder.parent)
             with open(folder / name, "ab") as file:
                 file.truncate(size)
     if done >= count:
@@ -82,8 +80,7 @@ def collect(
             decoder.prefill(torch.tensor(ids), decoder.new_cache(1, len(ids)), hooks=recorder)
             recorder.flush()
             write_json(state, {"windows": number + 1, "bytes": {p.name: p.stat().st_size for p in recorder.paths()}})
-        if progress is not None:
-            progress(number + 1, count)
+        progress("collect", number + 1, count)
     else:
         if read_json(state)["windows"] < count if state.exists() else True:
             raise ConfigError(f"the text is too short: expected {count} windows, found fewer; give more text")
@@ -97,19 +94,19 @@ class _Recorder(Hooks):
         self._parts: dict[Path, bytes] = {}
 
     def paths(self) -> list[Path]:
-        blocks = [self._folder / f"block{b}.bf16" for b in range(2 * self._layers)]
+        blocks = [self._folder / _inputs(block) for block in Block.all(self._layers)]
         kinds = ("heads{}.f16", "active{}.bits", "norms{}.f16")
         return blocks + [self._folder / kind.format(i) for kind in kinds for i in range(self._layers)]
 
     def heads(self, layer: int, y: Tensor, o: Tensor) -> Tensor:
-        self._keep(f"block{2 * layer}.bf16", _bf16_bytes(y))
+        self._keep(_inputs(Block(layer, HEADS)), _bf16_bytes(y))
         self._keep(f"heads{layer}.f16", self._norms[layer].heads(o).half().cpu().numpy().tobytes())
         return o
 
     def neurons(self, layer: int, y: Tensor, h: Tensor) -> Tensor:
         norms = self._norms[layer].neurons(h)
         active = norms > 0 if self._error == 0 else most_of_the_norm(norms, self._error)
-        self._keep(f"block{2 * layer + 1}.bf16", _bf16_bytes(y))
+        self._keep(_inputs(Block(layer, NEURONS)), _bf16_bytes(y))
         self._keep(f"active{layer}.bits", np.packbits(active.cpu().numpy(), axis=1).tobytes())
         # Rounding up to the smallest half keeps an active neuron's weight above zero.
         self._keep(f"norms{layer}.f16", norms[active].clamp(6e-8, 6e4).half().cpu().numpy().tobytes())
@@ -140,11 +137,11 @@ class Collected:
     def __init__(self, folder: Path, hidden_size: int, heads: int, neurons: int):
         self._folder, self._neurons = folder, neurons
         self._sizes = {"block": hidden_size, "heads": heads}
-        self.tokens = (folder / "block0.bf16").stat().st_size // (2 * hidden_size)
+        self.tokens = (folder / _inputs(Block(0, HEADS))).stat().st_size // (2 * hidden_size)
 
-    def inputs(self, block: int, rows: slice) -> Tensor:
+    def inputs(self, block: Block, rows: slice) -> Tensor:
         """(rows, C) float32: the normalised inputs of a block."""
-        mapped = np.memmap(self._folder / f"block{block}.bf16", np.int16, "r").reshape(self.tokens, -1)
+        mapped = np.memmap(self._folder / _inputs(block), np.int16, "r").reshape(self.tokens, -1)
         return torch.from_numpy(mapped[rows].copy()).view(torch.bfloat16).float()
 
     def heads(self, layer: int, rows: slice) -> Tensor:
@@ -158,13 +155,22 @@ class Collected:
         norms = np.memmap(self._folder / f"norms{layer}.f16", np.float16, "r")
         ends = np.concatenate(([0], np.cumsum(np.bitwise_count(bits).sum(1, dtype=np.int64))))
 
-        def dense(rows: slice) -> Tensor:
+        def read(rows: slice) -> Tensor:
             active = np.unpackbits(bits[rows], axis=1, count=self._neurons).astype(bool)
             out = np.zeros(active.shape, np.float32)
             out[active] = norms[ends[rows.start] : ends[rows.stop]]
             return torch.from_numpy(out)
 
-        return dense
+        return read
+
+
+def damaged(path: Path, reason: object, work: Path) -> ConfigError:
+    """work: the folder of the whole fit."""
+    return ConfigError(f"{path}: is damaged ({reason}); remove {work} to begin anew")
+
+
+def _inputs(block: Block) -> str:
+    return f"block{block.number}.bf16"
 
 
 def _bf16_bytes(x: Tensor) -> bytes:

@@ -21,16 +21,16 @@ from dejavu.engine.bytes import step_bytes
 from dejavu.engine.engine import Engine
 from dejavu.errors import CapacityError, ConfigError, PackError
 from dejavu.predictor import calibrate
-from dejavu.predictor.collect import Collected, collect, needed_bytes
+from dejavu.predictor.collect import Collected, collect, damaged, needed_bytes
 from dejavu.predictor.draw import deal, draw
 from dejavu.predictor.settings import FitConfig
-from dejavu.predictor.train import FIT_TOKENS, block_data, fit_heads, fit_neurons, stored
+from dejavu.predictor.train import FIT_TOKENS, Data, block_data, fit_heads, fit_neurons, stored
+from dejavu.progress import Progress, silent
+from dejavu.selection.block import HEADS, NEURONS, Block
 from dejavu.selection.pack import MANIFEST, TENSORS, Pack, Point, load_pack
-from dejavu.selection.predictor import HEADS, Lookahead, Predictor
+from dejavu.selection.predictor import Lookahead, Predictor
 
 Stage = Literal["collect", "train", "calibrate"]
-# stage, done, total
-Progress = Callable[[str, int, int], None]
 # Expected divergences of the frontier's points, nats per token, and halvings of the price in search of the bound.
 LADDER, HALVINGS = tuple(np.geomspace(1e-4, 0.3, 8).tolist()), 4
 # Tokens attended to in the bytes of a point.
@@ -45,7 +45,7 @@ def fit(
     *,
     check: Iterable[str] | None = None,
     stage: Stage | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Pack | None:
     """Make a pack for a model.
 
@@ -59,7 +59,7 @@ def fit(
         check: other text to choose cuts and judge by: the bound then holds for text like that.
         out: the pack's folder, which must not exist.
         stage: end after this stage.
-        progress: called with stage, done, total.
+        progress: told by stage: windows, layers, measurements.
     Returns: the pack, or None where `stage` ended early.
     Raises: ConfigError for settings or text that cannot do, CapacityError where disk or memory is too small, PackError
         where the bound cannot be kept; it says what can be reached.
@@ -75,7 +75,7 @@ def fit(
         )
     with locked(out.with_name(out.name + ".work")) as folder:
         check_new(out)  # another fit may just have ended
-        return _run(_Work(folder, engine, config, progress or (lambda *_: None)), documents, check, out, stage)
+        return _run(_Work(folder, engine, config, progress), documents, check, out, stage)
 
 
 def _run(
@@ -173,7 +173,7 @@ class _Work:
             if windows.shape != wanted:
                 raise ValueError(f"expected {wanted[0]} windows of {wanted[1]} tokens")
         except (ValueError, EOFError, OSError) as error:
-            raise _damaged(path, error) from error
+            raise damaged(path, error, self.folder) from error
         return windows[first : first + count].tolist()
 
     def collect(self) -> None:
@@ -184,14 +184,21 @@ class _Work:
             count,
             self.folder / "collected",
             label_error=self._config.label_error,
-            progress=lambda done, total: self._progress("collect", done, total),
+            progress=self._progress,
         )
 
     def _collected(self) -> Collected:
         c = self._engine.config
         return Collected(self.folder / "collected", c.hidden_size, c.num_attention_heads, c.intermediate_size)
 
-    def train(self) -> dict[int, Predictor]:
+    @property
+    def _learned_rows(self) -> int:
+        return self._config.tokens // self._config.window * self._config.window
+
+    def _data(self, collected: Collected, block: Block) -> Data:
+        return block_data(collected, block, self._lookahead.source(block), self._learned_rows)
+
+    def train(self) -> dict[Block, Predictor]:
         c, collected, predictors = self._engine.config, self._collected(), {}
         for layer in range(c.num_hidden_layers):
             path = self.folder / f"layer{layer}.safetensors"
@@ -202,21 +209,20 @@ class _Work:
             try:
                 tensors = load_file(path)
             except (SafetensorError, ValueError, OSError) as error:
-                raise _damaged(path, error) from error
-            for block, part in ((2 * layer, "heads"), (2 * layer + 1, "neurons")):
-                parameters = (tensors.get(f"{part}.{name}") for name in ("down", "up", "bias"))
-                predictors[block] = stored(tuple(parameters), self._config.row_format)
+                raise damaged(path, error, self.folder) from error
+            for part, units in enumerate(("heads", "neurons")):
+                parameters = (tensors.get(f"{units}.{name}") for name in ("down", "up", "bias"))
+                predictors[Block(layer, part)] = stored(tuple(parameters), self._config.row_format)
             self._progress("train", layer + 1, c.num_hidden_layers)
         return predictors
 
     def _train_layer(self, collected: Collected, layer: int) -> dict[str, torch.Tensor]:
         config = self._config
-        train = config.tokens // config.window * config.window
-        heads = fit_heads(block_data(collected, 2 * layer, self._lookahead.source(2 * layer), train))
-        block = 2 * layer + 1
+        heads = fit_heads(self._data(collected, Block(layer, HEADS)))
+        block = Block(layer, NEURONS)
         neurons = fit_neurons(
-            block_data(collected, block, self._lookahead.source(block), train),
-            collected.inputs(block, slice(0, min(FIT_TOKENS, train))),
+            self._data(collected, block),
+            collected.inputs(block, slice(0, min(FIT_TOKENS, self._learned_rows))),
             self._decoder.weights.layers[layer].mlp,
             config.rank,
             epochs=config.epochs,
@@ -243,19 +249,16 @@ class _Work:
             or not all(type(value) in (int, float) for value in probes.values())
             or not all(isinstance(found, dict) and found.keys() == names for found in measured.values())
         ):
-            raise _damaged(path, "expected probes and measured")
+            raise damaged(path, "expected probes and measured", self.folder)
         return saved
 
-    def calibrate(self, predictors: dict[int, Predictor]) -> Pack:
+    def calibrate(self, predictors: dict[Block, Predictor]) -> Pack:
         c, config, weights, ops = self._engine.config, self._config, self._decoder.weights, self._decoder.ops
-        blocks = 2 * c.num_hidden_layers
-        collected, train = self._collected(), config.tokens // config.window * config.window
+        blocks = Block.all(c.num_hidden_layers)
+        collected = self._collected()
         with torch.inference_mode():
             options = {
-                b: calibrate.block_options(
-                    b, predictors[b], block_data(collected, b, self._lookahead.source(b), train), weights
-                )
-                for b in predictors
+                b: calibrate.block_options(b, p, self._data(collected, b), weights) for b, p in predictors.items()
             }
             first = _collected_windows(config)
             judge = calibrate.Judge(self._decoder, self._windows(first, self._judged_windows))
@@ -263,7 +266,7 @@ class _Work:
             search = calibrate.Search(options, blocks)
             state = self.folder / "calibrated.json"
             saved = self._calibrated(state)
-            steps, done = blocks + len(LADDER) + HALVINGS + 1, 0
+            steps, done = len(blocks) + len(LADDER) + HALVINGS + 1, 0
 
             def remember(kind: str, key: str, value: Callable[[], Any]) -> Any:
                 nonlocal done
@@ -275,7 +278,7 @@ class _Work:
                 return saved[kind][key]
 
             for b in options:
-                search.set_sensitivity(b, remember("probes", str(b), lambda b=b: search.probe(b, judge, select)))
+                search.set_sensitivity(b, remember("probes", str(b.number), lambda b=b: search.probe(b, judge, select)))
             rest = self._rest_bytes(options)
 
             def measure(judge: calibrate.Judge, name: str, price: float) -> Point:
@@ -323,30 +326,30 @@ class _Work:
             "written; allow more, or collect more tokens"
         )
 
-    def _rest_bytes(self, options: dict[int, list[calibrate.Option]]) -> float:
+    def _rest_bytes(self, options: dict[Block, list[calibrate.Option]]) -> float:
         """What a step reads besides the units and their predictors."""
         c, w = self._engine.config, self._decoder.weights
         everything = sum(step_bytes(c, w, attended=ATTENDED).values())
-        units = sum(w.layers[b // 2].mlp.rows.nbytes for b in options if b % 2 != HEADS)
-        heads = sum(o[-1].bytes for b, o in options.items() if b % 2 == HEADS)
+        units = sum(w.layers[b.layer].mlp.rows.nbytes for b in options if b.part == NEURONS)
+        heads = sum(o[-1].bytes for b, o in options.items() if b.part == HEADS)
         return everything - units - heads
 
     def _pack(
         self,
-        predictors: dict[int, Predictor],
+        predictors: dict[Block, Predictor],
         points: dict[float, Point],
         price: float,
         checked: Point,
-        options: dict[int, list[calibrate.Option]],
+        options: dict[Block, list[calibrate.Option]],
     ) -> Pack:
         order = sorted(points, key=lambda p: -points[p].measured["bytes"])
-        used = {b for point in points.values() for b, cut in enumerate(point.cuts) if cut is not None}
+        used = {Block.of(n) for point in points.values() for n, cut in enumerate(point.cuts) if cut is not None}
         checkpoint = self._engine.checkpoint
         made = {
             "settings": asdict(self._config),
             "ranks": [p.down.shape[0] for b, p in sorted(predictors.items()) if p.down is not None],
             "checked": dict(checked.measured),
-            "active_density": [o[-1].precision for b, o in sorted(options.items()) if b % 2 != HEADS],
+            "active_density": [o[-1].precision for b, o in sorted(options.items()) if b.part == NEURONS],
             "attended": ATTENDED,
         }
         return Pack(
@@ -387,10 +390,6 @@ def push(source: str | os.PathLike, repo: str, *, private: bool = False) -> str:
         )
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise ConfigError(f"{repo}: cannot be uploaded ({' '.join(str(error).split())[:300]})") from error
-
-
-def _damaged(path: Path, reason: object) -> ConfigError:
-    return ConfigError(f"{path}: is damaged ({reason}); remove {path.parent} to begin anew")
 
 
 def _collected_windows(config: FitConfig) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from dejavu.checkpoint.layout import Mlp
 from dejavu.kernels import reference
-from dejavu.kernels.quantized import LINE, RowFormat, Weight, dense, quantize
+from dejavu.kernels.quantized import LINE, RowFormat, Weight, dequantized, quantize
 from dejavu.predictor.collect import Collected
+from dejavu.selection.block import HEADS, Block
 from dejavu.selection.predictor import Predictor
 
 BATCH = 512
@@ -51,9 +53,10 @@ class Data:
         return self.inputs(rows), self.norms(rows)
 
 
-def block_data(collected: Collected, block: int, source: int, train: int) -> Data:
+def block_data(collected: Collected, block: Block, source: Block, train: int) -> Data:
     """Examples of a block's units, predicted from the input of the block `source`."""
-    norms = collected.neurons(block // 2) if block % 2 else lambda rows: collected.heads(block // 2, rows)
+    heads = block.part == HEADS
+    norms = partial(collected.heads, block.layer) if heads else collected.neurons(block.layer)
     return Data(lambda rows: collected.inputs(source, rows), norms, train, collected.tokens)
 
 
@@ -112,20 +115,20 @@ def _regressed(data: Data, own_inputs: Tensor, mlp: Mlp) -> Callable[[int], Para
     """A function from a rank to the reduced-rank regression of the (gate) pre-activations."""
     n = len(own_inputs)
     bias = None if mlp.in_bias is None else mlp.in_bias.view(mlp.rows.shape[0], -1)[:, 0]
-    pre = F.linear(own_inputs, dense(mlp.rows[:, 0]), bias)
+    pre = F.linear(own_inputs, dequantized(mlp.rows[:, 0]), bias)
     y = data.inputs(slice(0, n))
     weight, offset = _regression(y, pre)  # (C, I)
     centred = y - y.mean(0)
     # Singular vectors of the fitted values: project onto the directions in which they vary most.
     half = torch.linalg.cholesky(centred.T @ centred / n + _ridge(centred))
-    spread = half.T @ weight  # (C, I), the same covariance as the fitted values
-    _, vectors = torch.linalg.eigh(spread @ spread.T)
+    fitted = half.T @ weight  # (C, I), the same covariance as the fitted values
+    _, vectors = torch.linalg.eigh(fitted @ fitted.T)
     scale = 3.0 / pre.std()
 
     def parameters(rank: int) -> Parameters:
         basis = vectors[:, -rank:]  # (C, R)
         down = torch.linalg.solve_triangular(half.T, basis, upper=True).T  # (R, C), outputs of unit variance
-        up = (basis.T @ spread).T * scale  # (I, R)
+        up = (basis.T @ fitted).T * scale  # (I, R)
         middle = F.linear(y.mean(0), weight.T) + offset
         return down, up, middle * scale - up @ (down @ y.mean(0))
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dejavu.checkpoint.layout import Weights
 from dejavu.config import ZEROING_ACTIVATIONS, ModelConfig
-from dejavu.kernels.quantized import dense
-from dejavu.model.hooks import Block, Hooks
+from dejavu.kernels.quantized import dequantized
+from dejavu.model.hooks import BlockName, Hooks
 from dejavu.profile.accumulator import Accumulator
 from dejavu.profile.activity import Activity
 from dejavu.profile.oracle import Contribution, OracleDensity, fewest
@@ -59,7 +59,7 @@ class Observer(Hooks):
     def __init__(self, config: ModelConfig, weights: Weights, settings: ProfileConfig, statistics: Statistics):
         self._layers, self._settings, self._statistics = weights.layers, settings, statistics
         self._last = config.num_hidden_layers - 1
-        self._neuron_norms = [dense(layer.mlp.rows[:, -1]).norm(dim=1) for layer in weights.layers]
+        self._neuron_norms = [dequantized(layer.mlp.rows[:, -1]).norm(dim=1) for layer in weights.layers]
         self._run = slice(1, None)
         self._states: list[Tensor] = []
 
@@ -73,7 +73,7 @@ class Observer(Hooks):
 
     def heads(self, layer: int, y: Tensor, o: Tensor) -> Tensor:
         attn, s = self._layers[layer].attn, self._statistics
-        out = dense(attn.blocks[:, attn.heads_per_group + 2 :]).flatten(0, 1)  # (H, D, C)
+        out = dequantized(attn.blocks[:, attn.heads_per_group + 2 :]).flatten(0, 1)  # (H, D, C)
         # ||o W||^2 = o (W W^T) o^T, which needs D instead of C numbers a head.
         gram = out @ out.transpose(1, 2)
         squares = torch.einsum("thd,hde,the->th", o, gram, o).clamp(min=0)
@@ -89,12 +89,12 @@ class Observer(Hooks):
         s.contribution.neurons[layer] += scores[1:].square().sum(0)
         if s.fired is not None:
             s.fired.add(layer, h[1:] != 0)
-        kept = self._fewest(scores[self._run], h[self._run, :, None], dense(mlp.rows[:, -1:]), mlp.out_bias)
+        kept = self._fewest(scores[self._run], h[self._run, :, None], dequantized(mlp.rows[:, -1:]), mlp.out_bias)
         s.oracle_neurons.add(layer, kept)
         s.neuron_sets.add(layer, kept[0])
         return h
 
-    def block(self, layer: int, block: Block, x: Tensor, f: Tensor) -> None:
+    def block(self, layer: int, block: BlockName, x: Tensor, f: Tensor) -> None:
         self._statistics.norms.add(layer, block, x[1:], f[1:])
         if block == "attention":
             self._states.append(x[self._run])

@@ -11,7 +11,7 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from dejavu.artifacts import write_json
+from dejavu.artifacts import resumable, write_json
 from dejavu.engine.engine import Engine
 from dejavu.errors import ConfigError
 from dejavu.profile import quality
@@ -21,14 +21,12 @@ from dejavu.profile.settings import ProfileConfig
 from dejavu.profile.state import STATE_FILE, State
 from dejavu.profile.summary import summarise
 from dejavu.profile.windows import windows
+from dejavu.progress import Progress, silent
 from dejavu.text import documents
 
 RESULT_FILE = "profile.json"
 # The state is written after this many windows: what a stopped run loses at most.
 SAVE_EVERY = 8
-
-# Called with the stage's name, what is done of it and how much it is.
-Progress = Callable[[str, int, int], None]
 
 
 def profile(
@@ -40,7 +38,7 @@ def profile(
     name: str,
     checkpoint_hash: str,
     overwrite: bool = False,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> dict:
     """Watch a model on text and write profile.json, figures and a page into a folder.
 
@@ -61,7 +59,9 @@ def profile(
     sentence = _sentence(engine, settings.sentence)
     identity = _identity(engine, settings, name, checkpoint_hash)
     state = State(identity, Statistics.empty(decoder.config, len(settings.errors)))
-    _open_folder(out, state, overwrite)
+    resumable(out, STATE_FILE, "profile", overwrite=overwrite)
+    if not state.resume(out):
+        state.save(out)  # see that it can be, before anything long begins
     before = state.seconds
 
     def save() -> None:
@@ -94,19 +94,6 @@ def _identity(engine: Engine, settings: ProfileConfig, name: str, checkpoint_has
     dtype = str(engine.dtype).removeprefix("torch.")
     identity = {"model": name, "checkpoint_hash": checkpoint_hash, "dtype": dtype, **asdict(settings)}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in identity.items()}
-
-
-def _open_folder(out: Path, state: State, overwrite: bool) -> None:
-    """Make the folder, or resume what it holds, and see that it can be written before anything long begins."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        strange = not overwrite and any(out.iterdir()) and not (out / STATE_FILE).exists()
-    except OSError as error:
-        raise ConfigError(f"{out}: cannot be written ({error.strerror}); choose another folder") from error
-    if strange:
-        raise ConfigError(f"{out}: holds files that are no profile; choose another folder, or --overwrite")
-    if overwrite or not state.resume(out):
-        state.save(out)
 
 
 def _watch(

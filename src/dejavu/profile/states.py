@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dejavu.model.hooks import Block
+from dejavu.model.hooks import BlockName
 from dejavu.profile.accumulator import Accumulator
 
-BLOCKS: tuple[Block, ...] = ("attention", "mlp")
+BLOCKS: tuple[BlockName, ...] = ("attention", "mlp")
 
 
 class Norms(Accumulator):
@@ -22,7 +22,7 @@ class Norms(Accumulator):
         self.sums = torch.zeros(layers, len(BLOCKS), 4, dtype=torch.float64)
         self.tokens = torch.zeros(layers, len(BLOCKS), dtype=torch.int64)
 
-    def add(self, layer: int, block: Block, x: Tensor, f: Tensor) -> None:
+    def add(self, layer: int, block: BlockName, x: Tensor, f: Tensor) -> None:
         """x, f: (T, C) float32, the residual stream before the block and what the block adds."""
         before, added = x.norm(dim=1), f.norm(dim=1)
         cosine = F.cosine_similarity(x, x + f, dim=1)

@@ -11,7 +11,7 @@ from dejavu.checkpoint.layout import Weights
 from dejavu.config import ModelConfig
 from dejavu.errors import KernelUnavailable
 from dejavu.kernels.base import Backend
-from dejavu.kernels.quantized import dense
+from dejavu.kernels.quantized import dequantized
 from dejavu.selection.selector import Cuts, ScoreSelector
 
 
@@ -36,7 +36,7 @@ class NearestSelector(ScoreSelector):
             if cut is None:
                 self._indexes.append(None)
                 continue
-            rows, bias = dense(layer.mlp.rows[:, 0]).cpu(), layer.mlp.in_bias
+            rows, bias = dequantized(layer.mlp.rows[:, 0]).cpu(), layer.mlp.in_bias
             bias = torch.zeros(len(rows), 1) if bias is None else bias.view(len(rows), -1)[:, :1].cpu()
             index = hnswlib.Index(space="ip", dim=rows.shape[1] + 1)
             index.init_index(max_elements=len(rows), ef_construction=200, M=32, random_seed=0)

@@ -15,7 +15,7 @@ from torch import Tensor
 from dejavu.checkpoint.layout import Layer, Norm, Weights
 from dejavu.config import ModelConfig
 from dejavu.kernels.base import Backend
-from dejavu.kernels.quantized import dense
+from dejavu.kernels.quantized import dequantized
 from dejavu.kernels.reference import Tokens
 from dejavu.model.blocks import Blocks
 from dejavu.selection.selector import Cuts, ScoreSelector
@@ -25,9 +25,9 @@ class OutputNorms:
     """The norms of what one layer's units contribute."""
 
     def __init__(self, layer: Layer):
-        self._columns = dense(layer.mlp.rows[:, -1]).norm(dim=1)
+        self._columns = dequantized(layer.mlp.rows[:, -1]).norm(dim=1)
         r = layer.attn.heads_per_group
-        out = dense(layer.attn.blocks[:, r + 2 :]).flatten(0, 1)  # (H, D, C)
+        out = dequantized(layer.attn.blocks[:, r + 2 :]).flatten(0, 1)  # (H, D, C)
         self._gram = out @ out.transpose(1, 2)  # (H, D, D)
 
     def heads(self, o: Tensor) -> Tensor:

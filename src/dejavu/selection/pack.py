@@ -2,8 +2,9 @@
 
 `pack.json` holds the schema version, which checkpoint it was made for, the lookahead, how it was made, and the
 frontier: points from the most faithful to the cheapest, each with a cut for every block and what was measured with it.
-`predictors.safetensors` holds for block `b` the tensors `b.down` (R, C), `b.up` (N, R) and `b.bias` (N,); a single
-linear layer has no `b.down`. Quantised ones are the bytes of their rows; the manifest's `rows` names format and width.
+`predictors.safetensors` holds for block number `b` the tensors `b.down` (R, C), `b.up` (N, R) and `b.bias` (N,); a
+single linear layer has no `b.down`. Quantised ones are the bytes of their rows; the manifest's `rows` names format and
+width.
 `sha256` is of the manifest and the tensors: any changed byte is noticed.
 """
 
@@ -27,8 +28,9 @@ from dejavu.config import ModelConfig
 from dejavu.errors import ConfigError, PackError
 from dejavu.kernels.base import Backend
 from dejavu.kernels.quantized import Quantized, RowFormat, Weight
+from dejavu.selection.block import Block
 from dejavu.selection.manifest import MOST_THRESHOLD, Field, digest, measured
-from dejavu.selection.predictor import HEADS, Lookahead, Predictor, PredictorSelector
+from dejavu.selection.predictor import Lookahead, Predictor, PredictorSelector
 from dejavu.selection.selector import Cut
 
 # Schema 2 had no sha256; such packs still load.
@@ -38,7 +40,7 @@ MANIFEST, TENSORS = "pack.json", "predictors.safetensors"
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of a pack: a cut for each block (None: read all), and what was measured with it.
+    """One setting of a pack: a cut for each block, in order (None: read all), and what was measured with it.
 
     `measured` has at least `ppl_increase` (relative, of the mean loss's exponential), `kl` (nats per token),
     `mlp_density`, `attn_density` and `bytes` (read by a step of batch 1, predictors included).
@@ -54,7 +56,7 @@ class Pack:
 
     Args:
         base: `name` and `hash` of the checkpoint.
-        predictors: by block (selection.predictor).
+        predictors: by block.
         points: the frontier, by bytes, most first.
         default: index of the point within the bound that was asked for.
         made: how: settings, texts, recall and precision.
@@ -62,7 +64,7 @@ class Pack:
 
     base: Mapping[str, str]
     lookahead: Lookahead
-    predictors: dict[int, Predictor]
+    predictors: dict[Block, Predictor]
     points: list[Point]
     default: int
     made: Mapping[str, Any] = field(default_factory=dict)
@@ -84,9 +86,8 @@ class Pack:
 
     def selector(self, config: ModelConfig, ops: Backend, quality: float | None = None) -> PredictorSelector:
         """The selector of one point, over the kernel backend `ops`. Raises: ConfigError as `point` does."""
-        cuts = self.point(quality).cuts
-        pairs = [(cuts[2 * i], cuts[2 * i + 1]) for i in range(config.num_hidden_layers)]
-        return PredictorSelector(self.predictors, self.lookahead, pairs, config, ops)
+        cuts = Block.pairs(self.point(quality).cuts)
+        return PredictorSelector(self.predictors, self.lookahead, cuts, config, ops)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write the pack; the folder appears whole or not at all. Raises: ConfigError where something is there."""
@@ -98,7 +99,7 @@ class Pack:
 
     def _weights(self) -> dict[str, Weight]:
         return {
-            f"{block}.{name}": weight
+            f"{block.number}.{name}": weight
             for block, p in sorted(self.predictors.items())
             for name, weight in (("down", p.down), ("up", p.up), ("bias", p.bias))
             if weight is not None
@@ -221,14 +222,14 @@ def _attach(pack: Pack, tensors: dict[str, Tensor], rows: dict[str, tuple[RowFor
             weights[name], numbers = tensor, [tensor]
         if not all(part.isfinite().all() for part in numbers):
             raise bad(name, "finite")
-    for block in sorted({int(name.partition(".")[0]) for name in weights}):
+    for number in sorted({int(name.partition(".")[0]) for name in weights}):
         for part in ("up", "bias"):
-            if f"{block}.{part}" not in weights:
-                raise bad(f"{block}.{part}", "there")
-        p = Predictor(weights.get(f"{block}.down"), weights[f"{block}.up"], weights[f"{block}.bias"])
+            if f"{number}.{part}" not in weights:
+                raise bad(f"{number}.{part}", "there")
+        p = Predictor(weights.get(f"{number}.down"), weights[f"{number}.up"], weights[f"{number}.bias"])
         if p.bias.shape[0] != p.up.shape[0] or (p.down is not None and p.down.shape[0] != p.up.shape[1]):
-            raise bad(f"{block}.up", "as many rows as bias has values, as wide as down has rows")
-        pack.predictors[block] = p
+            raise bad(f"{number}.up", "as many rows as bias has values, as wide as down has rows")
+        pack.predictors[Block.of(number)] = p
 
 
 def check_pack(pack: Pack, source: str | os.PathLike, config: ModelConfig, checkpoint: Checkpoint) -> None:
@@ -238,21 +239,20 @@ def check_pack(pack: Pack, source: str | os.PathLike, config: ModelConfig, check
             f"{source}: was made for {pack.base.get('name')} with hash {pack.base['hash'][:12]}, but this checkpoint's "
             f"is {checkpoint.hash[:12]}; fit a pack for these weights"
         )
-    blocks = 2 * config.num_hidden_layers
+    blocks, units = Block.all(config.num_hidden_layers), (config.num_attention_heads, config.intermediate_size)
     for point in pack.points:
-        wanted = {b for b, cut in enumerate(point.cuts) if cut is not None}
-        if len(point.cuts) != blocks or not wanted <= pack.predictors.keys():
+        wanted = {Block.of(n) for n, cut in enumerate(point.cuts) if cut is not None}
+        if len(point.cuts) != len(blocks) or not wanted <= pack.predictors.keys():
             raise PackError(f"{source}: its cuts don't fit a model of {config.num_hidden_layers} layers; fit it anew")
-        for block, cut in enumerate(point.cuts):
-            units = config.num_attention_heads if block % 2 == HEADS else config.intermediate_size
-            if cut is not None and cut.k > units:
-                raise PackError(f"{source}: block {block} keeps up to {cut.k} of {units} units; fit it anew")
+        for block, cut in zip(blocks, point.cuts, strict=True):
+            if cut is not None and cut.k > (most := units[block.part]):
+                raise PackError(f"{source}: block {block.number} keeps up to {cut.k} of {most} units; fit it anew")
     for block, p in pack.predictors.items():
-        units = config.num_attention_heads if block % 2 == HEADS else config.intermediate_size
+        rows = units[block.part]
         inner = p.up.shape[1] if p.down is None else p.down.shape[1]
         chained = p.down is None or p.down.shape[0] == p.up.shape[1]
-        if p.up.shape[0] != units or p.bias.shape != (units,) or inner != config.hidden_size or not chained:
-            raise PackError(f"{source}: the predictor of block {block} has the wrong shape; fit it anew")
+        if p.up.shape[0] != rows or p.bias.shape != (rows,) or inner != config.hidden_size or not chained:
+            raise PackError(f"{source}: the predictor of block {block.number} has the wrong shape; fit it anew")
 
 
 def _find(source: str | os.PathLike, revision: str | None) -> Path:

@@ -14,10 +14,8 @@ from dejavu.kernels import reference
 from dejavu.kernels.base import Backend
 from dejavu.kernels.quantized import Weight
 from dejavu.kernels.reference import Selection
-from dejavu.selection.selector import Cuts, Part, ScoreSelector
-
-# Blocks are numbered through the model: 2 * layer is its attention, 2 * layer + 1 its MLP.
-HEADS, NEURONS = 0, 1
+from dejavu.selection.block import HEADS, NEURONS, Block
+from dejavu.selection.selector import Cuts, ScoreSelector
 
 
 @dataclass(frozen=True)
@@ -31,9 +29,9 @@ class Lookahead:
     heads: int = 1
     neurons: int = 1
 
-    def source(self, block: int) -> int:
+    def source(self, block: Block) -> Block:
         """The block whose input the predictor of `block` reads."""
-        return max(0, block - (self.neurons if block % 2 == NEURONS else self.heads))
+        return Block.of(max(0, block.number - (self.neurons if block.part == NEURONS else self.heads)))
 
 
 @dataclass
@@ -70,28 +68,28 @@ class PredictorSelector(ScoreSelector):
 
     def __init__(
         self,
-        predictors: Mapping[int, Predictor],
+        predictors: Mapping[Block, Predictor],
         lookahead: Lookahead,
         cuts: Cuts,
         config: ModelConfig,
         ops: Backend,
     ):
         super().__init__(cuts, ops)
-        self._predictors, self._lookahead, self._blocks = predictors, lookahead, 2 * config.num_hidden_layers
+        self._predictors, self._lookahead, self._blocks = predictors, lookahead, Block.all(config.num_hidden_layers)
         self._plan()
 
     def _plan(self) -> None:
         # Of each block whose input is read: the blocks that are predicted from it.
-        self._targets: dict[int, list[int]] = {}
-        for block in range(self._blocks):
-            if self.cuts[block // 2][block % 2] is not None:
+        self._targets: dict[Block, list[Block]] = {}
+        for block in self._blocks:
+            if self.cuts[block.layer][block.part] is not None:
                 self._targets.setdefault(self._lookahead.source(block), []).append(block)
-        self._scores: dict[int, Tensor] = {}
-        self._pending: dict[int, Callable[[], tuple[Tensor, Tensor]]] = {}
-        self._collected: dict[int, tuple[Tensor, Tensor]] = {}
+        self._scores: dict[Block, Tensor] = {}
+        self._pending: dict[Block, Callable[[], tuple[Tensor, Tensor]]] = {}
+        self._collected: dict[Block, tuple[Tensor, Tensor]] = {}
 
-    def without(self, parts: Collection[Part]) -> Self:
-        other = super().without(parts)
+    def without(self, blocks: Collection[Block]) -> Self:
+        other = super().without(blocks)
         other._plan()
         return other
 
@@ -99,41 +97,41 @@ class PredictorSelector(ScoreSelector):
         return self.without(())
 
     def head_scores(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> Tensor | None:
-        return self._score(2 * layer + HEADS, y)
+        return self._score(Block(layer, HEADS), y)
 
     def neuron_scores(self, layer: int, y: Tensor) -> Tensor | None:
-        return self._score(2 * layer + NEURONS, y)
+        return self._score(Block(layer, NEURONS), y)
 
     def collect(self, layer: int, part: int) -> None:
-        block = 2 * layer + part
+        block = Block(layer, part)
         if block in self._pending:
             self._collected[block] = self._pending.pop(block)()
 
     def heads(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> Selection:
-        return self._select(2 * layer + HEADS, y)
+        return self._select(Block(layer, HEADS), y)
 
     def neurons(self, layer: int, y: Tensor) -> Selection:
-        return self._select(2 * layer + NEURONS, y)
+        return self._select(Block(layer, NEURONS), y)
 
     @property
     def nbytes(self) -> int:
         """Bytes that the predictors of one step read."""
         return sum(self._predictors[block].nbytes for targets in self._targets.values() for block in targets)
 
-    def _score(self, block: int, y: Tensor) -> Tensor | None:
+    def _score(self, block: Block, y: Tensor) -> Tensor | None:
         for target in self._targets.get(block, ()):
             # Many tokens at once: matrix products, as in prefill.
             self._scores[target] = self._predictors[target].scores(reference.linear, y)
         return self._scores.pop(block, None)
 
-    def _select(self, block: int, y: Tensor) -> Selection:
+    def _select(self, block: Block, y: Tensor) -> Selection:
         for target in self._targets.get(block, ()):
             # Bound now: the closure runs at once, but on another stream.
-            def predict(target: int = target) -> tuple[Tensor, Tensor]:
-                cut = self.cuts[target // 2][target % 2]
+            def predict(target: Block = target) -> tuple[Tensor, Tensor]:
+                cut = self.cuts[target.layer][target.part]
                 linear = partial(self._ops.linear, tokens=self._tokens)
                 return cut.select(self._ops, self._predictors[target].scores(linear, y), self._tokens)
 
             self._pending[target] = self._ops.beside(predict, y)
-        self.collect(block // 2, block % 2)
+        self.collect(*block)
         return self._collected.pop(block, None)

@@ -11,11 +11,9 @@ from torch import Tensor
 
 from dejavu.kernels.base import Backend
 from dejavu.kernels.reference import Selection, Tokens
+from dejavu.selection.block import HEADS, NEURONS, Block
 
 Cuts = Sequence[tuple["Cut | None", "Cut | None"]]
-
-# A part of the model that is read by selection or whole: a layer, and 0 for its heads or 1 for its neurons.
-Part = tuple[int, int]
 
 
 class Selector(Protocol):
@@ -30,7 +28,7 @@ class Selector(Protocol):
     """
 
     capturable: bool
-    cuts: Cuts  # None: the part is read whole, and nothing is selected
+    cuts: Cuts  # None: the block is read whole, and nothing is selected
 
     def fresh(self) -> Self:
         """The same selector for one step or pass: what it remembers from call to call is its own, so that threads and
@@ -65,8 +63,8 @@ class Selector(Protocol):
     def neurons(self, layer: int, y: Tensor) -> Selection:
         """The neurons that a layer reads; None for all. y: (N, C) float32, the normalised input of the layer's MLP."""
 
-    def without(self, parts: Collection[Part]) -> Self:
-        """The same selector with these parts read whole, and nothing spent on choosing for them."""
+    def without(self, blocks: Collection[Block]) -> Self:
+        """The same selector with these blocks read whole, and nothing spent on choosing for them."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +117,10 @@ class ScoreSelector:
     def __init__(self, cuts: Cuts, ops: Backend):
         self.cuts, self._ops = list(cuts), ops
 
-    def without(self, parts: Collection[Part]) -> Self:
+    def without(self, blocks: Collection[Block]) -> Self:
         other = copy(self)
         other.cuts = [
-            tuple(None if (layer, part) in parts else cut for part, cut in enumerate(pair))
+            tuple(None if Block(layer, part) in blocks else cut for part, cut in enumerate(pair))
             for layer, pair in enumerate(self.cuts)
         ]
         return other
@@ -153,8 +151,8 @@ class ScoreSelector:
 
     def heads(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> Selection:
         scores = self.head_scores(layer, y, attend)
-        return None if scores is None else self.cuts[layer][0].select(self._ops, scores, self._tokens)
+        return None if scores is None else self.cuts[layer][HEADS].select(self._ops, scores, self._tokens)
 
     def neurons(self, layer: int, y: Tensor) -> Selection:
         scores = self.neuron_scores(layer, y)
-        return None if scores is None else self.cuts[layer][1].select(self._ops, scores, self._tokens)
+        return None if scores is None else self.cuts[layer][NEURONS].select(self._ops, scores, self._tokens)

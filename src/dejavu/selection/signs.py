@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dejavu.checkpoint.layout import Weights
 from dejavu.kernels.base import Backend
-from dejavu.kernels.quantized import Quantized, RowFormat, dense, quantize
+from dejavu.kernels.quantized import Quantized, RowFormat, dequantized, quantize
 from dejavu.selection.selector import Cuts, ScoreSelector
 
 
@@ -23,7 +23,7 @@ class SignsSelector(ScoreSelector):
             if cut is None:
                 self._rows.append(None)
                 continue
-            rows, bias = quantize(dense(layer.mlp.rows[:, 0]), RowFormat(1)), layer.mlp.in_bias
+            rows, bias = quantize(dequantized(layer.mlp.rows[:, 0]), RowFormat(1)), layer.mlp.in_bias
             self._rows.append((rows, None if bias is None else bias.view(len(rows), -1)[:, 0].contiguous()))
 
     def head_scores(self, layer: int, y: Tensor, attend: Callable[[], Tensor]) -> None:
