@@ -53,16 +53,15 @@ struct Batch {
   const int32_t* rows = nullptr;  // null: all are real
   int64_t size = 0;
   int64_t live() const {
-    int64_t n = rows ? 0 : size;
-    while (n < size && rows[n] >= 0) ++n;
-    return n;
+    if (!rows) return size;
+    return std::partition_point(rows, rows + size, [](int32_t row) { return row >= 0; }) - rows;
   }
 };
 
 struct EmbedArgs {
   const int32_t* ids;
-  Rows table;  // (V, E)
-  float* out;           // (N, E)
+  Rows table;            // (V, E)
+  float* out;            // (N, E)
   uint16_t* narrow_out;  // (N, E) bf16, in place of out, or null
   Batch batch;
   int64_t offset, table_rows;

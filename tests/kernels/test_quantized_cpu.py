@@ -44,6 +44,17 @@ def pick(count, total):
     return idx, torch.tensor([count], dtype=torch.int32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("C", [1, 36, 128, 200])
+def test_rows_are_unpacked_wherever_they_lie(isa, make, C, dtype):
+    store = make(5, 4, 3, C)
+    for rows in (store, store[:, :3], store[:, 3:], store[:, 1], store[2:4, 1:3], store.flatten(0, 1)[:7]):
+        out = torch.full((rows.numel() // C, C), float("nan"), dtype=dtype)
+        cpu.unpack(rows, out)
+        # One rounding of difference, where a multiplication and an addition are fused.
+        torch.testing.assert_close(out, rows.dequantize(dtype).view(-1, C), rtol=2**-7, atol=1e-6)
+
+
 @pytest.mark.parametrize(("B", "C", "N"), [(1, 1, 1), (1, 36, 21), (2, 50, 64), (1, 512, 203), (5, 100, 17)])
 def test_linear(isa, make, B, C, N):
     x, w, bias = torch.randn(B, C), make(N, C), torch.randn(N)
