@@ -38,7 +38,7 @@ def test_bytes_are_those_of_the_steps(make_checkpoint, ops):
     decoder = decoder_of(make_checkpoint("opt"), ops)
     dense, exact = (Dejavu(decoder, 32, mode) for mode in ("dense", "exact"))
     for peer in (dense, exact):
-        assert len(decode_times(peer, PROMPT, 6, skip=2)) == 6
+        assert len(decode_times(peer, PROMPT, 6, skip=2).steps_s) == 6
     # Eight steps attend to 5, 6, ... 12 tokens.
     assert dense.bytes_per_token() == step_bytes(decoder.config, decoder.weights, attended=8.5)
     assert dense.mlp_density() == 1
@@ -61,7 +61,7 @@ def test_first_steps_are_left_out():
             return token + 1
 
     counter = Counter()
-    times = decode_times(counter, [1, 2], 3, skip=2)
+    times = decode_times(counter, [1, 2], 3, skip=2).steps_s
     assert counter.tokens == [1, 2, 10, 11, 12, 13, 14]
     assert len(times) == 3
     assert all(t >= 0 for t in times)

@@ -53,6 +53,7 @@ def test_a_run_measures_densities_bytes_and_ratios(subject, monkeypatch, memory_
     assert {"attn_qkv", "attend", "attn_out", "mlp", "linear"} <= set(sparse["op_ms"])
     for r in (dense, sparse, dense2, sparse2):
         assert r["p20_ms"] <= r["p50_ms"] <= r["p80_ms"]
+        assert r["prefill_p50_ms"] > 0
         assert r["tok_per_s"] == pytest.approx(r["batch"] * 1e3 / r["p50_ms"])
         assert r["bandwidth_share"] == pytest.approx(sum(r["bytes_per_token"].values()) / r["p50_ms"] * 1e3 / 1e9)
     assert dense["times_peer"] == {"HF eager bf16 B1 P8": pytest.approx(eager["p50_ms"] / dense["p50_ms"])}

@@ -206,6 +206,7 @@ def test_stats_add_up(bundled):
     stats = result.stats
     assert (stats.prompt_tokens, stats.new_tokens) == (6, 30)
     assert 0 < stats.prefill_s <= stats.ttft_s
+    assert stats.prefill_tok_per_s == pytest.approx(stats.prompt_tokens / stats.prefill_s)
     assert stats.decode_tok_per_s == pytest.approx(29 / stats.decode_s)
     # 29 steps attend to 7 .. 35 tokens, 21 in the mean; keys and values of 8 layers, 512 wide, float32
     assert stats.step_bytes["kv"] == 21 * 2 * 8 * 512 * 4

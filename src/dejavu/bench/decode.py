@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 from time import perf_counter
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -119,18 +119,27 @@ class Dejavu:
         return heads / self._steps.counts.steps / self._decoder.config.num_attention_heads
 
 
-def decode_times(peer: Decoding, prompt: Sequence[int], new_tokens: int, skip: int) -> list[float]:
-    """Seconds of each decode step after a prompt, the choice of the token included.
+class Times(NamedTuple):
+    """Seconds: of a prompt to its first token, and of each step after it."""
+
+    prefill_s: float
+    steps_s: list[float]
+
+
+def decode_times(peer: Decoding, prompt: Sequence[int], new_tokens: int, skip: int) -> Times:
+    """Times a prompt and the decode steps after it, the choice of the token included.
 
     Args:
         skip: first steps that don't count: they find caches cold and buffers not yet made.
     """
-    token, times = peer.prefill(prompt), []
+    began, times = perf_counter(), []
+    token = peer.prefill(prompt)
+    prefill_s = perf_counter() - began
     for _ in range(skip + new_tokens):
         began = perf_counter()
         token = peer.step(token)
         times.append(perf_counter() - began)
-    return times[skip:]
+    return Times(prefill_s, times[skip:])
 
 
 def greedy(peer: Decoding, prompt: Sequence[int], new_tokens: int) -> list[int]:

@@ -29,19 +29,33 @@ def tables(fields: dict[str, Any], title: str) -> list[Table]:
     limit = fields["read_bandwidth_bytes_per_s"]
     times = table(
         f"{title}; this machine reads {limit / 1e9:.1f} GB/s",
-        *("", "ms p20", "p50", "p80", "tok/s", "GB/step", "of bandwidth", "selecting", "MLP", "heads", "whole"),
+        *(
+            "",
+            "ms p20",
+            "p50",
+            "p80",
+            "tok/s",
+            "prompt",
+            "GB/step",
+            "of bandwidth",
+            "selecting",
+            "MLP",
+            "heads",
+            "whole",
+        ),
     )
     for name, r in results.items():
         if "died" in r:
             times.add_row(name, r["died"])
             continue
         cells = [f"{r[p]:.3g}" for p in ("p20_ms", "p50_ms", "p80_ms")] + [f"{r['tok_per_s']:.2f}"]
+        cells.append(f"{r['prefill_p50_ms']:.3g}")
         if name in ours:
             cells.append(f"{sum(r['bytes_per_token'].values()) / 1e9:.3f}")
             cells += [f"{r[k]:.1%}" for k in ("bandwidth_share", "predictor_share", "mlp_density", "attn_density")]
             # Layers whose MLP, whose heads selections did not pay for.
             cells.append("/".join(str(len(layers)) for layers in reversed(r["whole"])))
-        times.add_row(name, *cells, *("-" for _ in range(10 - len(cells))))
+        times.add_row(name, *cells, *("-" for _ in range(11 - len(cells))))
     out = [times]
     if ours:
         parts = list(next(iter(ours.values()))["bytes_per_token"])

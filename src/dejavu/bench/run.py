@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from os import PathLike
+from statistics import median
 from typing import Any, NamedTuple
 
 from dejavu.bench.bandwidth import read_bandwidth
@@ -88,6 +89,7 @@ class _Bench:
     def __init__(self, subject: Subject, ops: Backend, new_tokens: int, threads: int, folder: str | PathLike):
         self._subject, self._ops, self._new = subject, ops, new_tokens
         self._threads, self._folder = threads, folder
+        self._prefills_s: dict[str, list[float]] = {}  # by run: of every round
         self._facts: dict[str, dict[str, Any]] = {}  # by run: what it says of itself, beside times
 
     def run(
@@ -134,7 +136,7 @@ class _Bench:
         results = {name: dict(self._facts[name]) for name in times}
         for name, r in results.items():
             if "died" not in r:  # of one that died some rounds are no measurement
-                r |= percentiles_ms(times[name])
+                r |= percentiles_ms(times[name]) | {"prefill_p50_ms": median(self._prefills_s[name]) * 1e3}
         peers = {name: r for name, r in results.items() if "peer" in r and "died" not in r}
         for r in results.values():
             if "died" in r:
@@ -171,7 +173,8 @@ class _Bench:
             crossover=s is not None and s.crossover,
         )
         prompts = [random_prompt(decoder.config.vocab_size, setting.prompt, seed) for seed in range(setting.batch)]
-        seconds = decode_times(ours, prompts, self._new, SKIP)
+        prefill_s, seconds = decode_times(ours, prompts, self._new, SKIP)
+        self._prefills_s.setdefault(setting.name, []).append(prefill_s)
         choosing = 0.0
         if s is not None:
             chosen = chooser.without({Block(i, part) for part, layers in enumerate(ours.whole) for i in layers})
@@ -217,9 +220,11 @@ class _Bench:
             if "died" in facts:
                 return []
             try:
-                return process.run(prompt, self._new, SKIP)
+                prefill_s, seconds = process.run(prompt, self._new, SKIP)
             except PeerDied as error:
                 facts["died"] = str(error)
                 return []
+            self._prefills_s.setdefault(run.name, []).append(prefill_s)
+            return seconds
 
         return {run.name: seconds}

@@ -129,6 +129,7 @@ def stats_table(stats: dict[str, Stats]) -> Table:
     runs = list(stats.values())
     add("prompt, new tokens", (f"{s.prompt_tokens}, {s.new_tokens}" for s in runs))
     add("first token after", (f"{s.ttft_s * 1e3:.1f} ms" for s in runs))
+    add("prompt tokens per second", (f"{s.prefill_tok_per_s:,.0f}" for s in runs))
     add("time per token, median", (s.step_ms_p50 and f"{s.step_ms_p50:.2f} ms" for s in runs))
     add("tokens per second", (s.decode_tok_per_s and f"{s.decode_tok_per_s:.1f}" for s in runs))
     for part in runs[0].step_bytes or ():

@@ -32,6 +32,7 @@ class Stats:
     prompt_tokens: int
     new_tokens: int
     prefill_s: float
+    prefill_tok_per_s: float
     ttft_s: float  # from the request to the first token, tokenizing and the prompts of earlier rows included
     decode_s: float
     decode_tok_per_s: float | None  # of this row
@@ -154,6 +155,7 @@ class Batch:
         """The text's own times, and the batch's steps until its end."""
         steps, decode_s, config, counts = len(self._step_s), sum(self._step_s), self._decoder.config, self._steps.counts
         times = {"prompt_tokens": len(text.prompt_ids), "new_tokens": len(text.token_ids), "prefill_s": text.prefill_s}
+        times |= {"prefill_tok_per_s": len(text.prompt_ids) / text.prefill_s}
         times |= {"ttft_s": text.ttft_s, "decode_s": decode_s}
         if not steps:
             return Stats(

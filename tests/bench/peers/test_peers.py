@@ -45,7 +45,7 @@ def test_every_format_decodes_and_starts_afresh(name, package, tmp_path):
     expected = greedy(peer("hf-eager").build(source, "fp32", capacity=64, threads=1, work=tmp_path), PROMPT, NEW)
     for weights in peer(name).formats():
         other = peer(name).build(source, weights, capacity=len(PROMPT) + NEW, threads=1, work=tmp_path)
-        assert len(decode_times(other, PROMPT[:2], 4, 1)) == 4
+        assert len(decode_times(other, PROMPT[:2], 4, 1).steps_s) == 4
         first = greedy(other, PROMPT, NEW)
         assert greedy(other, PROMPT, NEW) == first
         if weights == "fp32" and name != "llama-cpp":  # of a stand-in the text is its own

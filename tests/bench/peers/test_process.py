@@ -24,15 +24,15 @@ def start(fake_peers, tmp_path):
 def test_hugging_face_runs_in_turns_and_ends_with_its_object(start):
     one, other = start("hf-eager"), start("hf-eager")
     for peer in (one, other, one):
-        seconds = peer.run([1, 2, 3], 4, 1)
-        assert len(seconds) == 4 and all(s > 0 for s in seconds)
+        times = peer.run([1, 2, 3], 4, 1)
+        assert times.prefill_s > 0 and len(times.steps_s) == 4 and all(s > 0 for s in times.steps_s)
     pid = one._process.pid
     assert pid != other._process.pid != os.getpid()
     del one, peer
     gc.collect()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
-    assert len(other.run([1, 2], 2, 0)) == 2
+    assert len(other.run([1, 2], 2, 0).steps_s) == 2
 
 
 @pytest.mark.parametrize("how, message", [
@@ -52,7 +52,7 @@ def test_a_death_is_told_by_its_cause(start, how, message, when):
 
 
 def test_what_a_peer_prints_is_no_answer(start):
-    assert len(start(config=CONFIG | {"die": {"run": "print"}}).run([1], 2, 0)) == 2
+    assert len(start(config=CONFIG | {"die": {"run": "print"}}).run([1], 2, 0).steps_s) == 2
 
 
 def test_one_that_never_answers_is_ended(start, monkeypatch):

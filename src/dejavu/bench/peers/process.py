@@ -25,6 +25,7 @@ from typing import IO, TYPE_CHECKING, Any
 from dejavu.errors import DejavuError
 
 if TYPE_CHECKING:
+    from dejavu.bench.decode import Times
     from dejavu.bench.peers import Peer, Source
 
 # No answer takes longer: hf-compiled tries kernels for some minutes, and large models are converted first.
@@ -54,9 +55,11 @@ class PeerProcess:
         about = {"config": source.config, "folder": source.folder and str(source.folder), "seed": source.seed}
         self._ask(peer=asdict(peer), source=about, weights=weights, capacity=capacity, threads=threads, work=str(work))
 
-    def run(self, prompt: Sequence[int], new_tokens: int, skip: int) -> list[float]:
+    def run(self, prompt: Sequence[int], new_tokens: int, skip: int) -> Times:
         """As bench.decode.decode_times. Raises: PeerDied."""
-        return self._ask(prompt=list(prompt), new_tokens=new_tokens, skip=skip)["seconds"]
+        from dejavu.bench.decode import Times
+
+        return Times(**self._ask(prompt=list(prompt), new_tokens=new_tokens, skip=skip))
 
     def _ask(self, **request: Any) -> dict[str, Any]:
         try:
@@ -123,7 +126,7 @@ def main() -> None:
             else:
                 from dejavu.bench.decode import decode_times
 
-                answer = {"seconds": decode_times(decoding, request["prompt"], request["new_tokens"], request["skip"])}
+                answer = decode_times(decoding, request["prompt"], request["new_tokens"], request["skip"])._asdict()
         except Exception as error:  # other people's software raises what it likes
             answer = {"error": " ".join(f"{error}".split()) or type(error).__name__}
         print(json.dumps(answer), file=answers, flush=True)
