@@ -69,8 +69,9 @@ inline float to_digits(const float* x, int8_t* high, int8_t* low, float* sums) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(high + 16 * i), _mm512_cvtepi32_epi8(first));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(low + 16 * i), _mm512_cvtepi32_epi8(lower(whole[i], first)));
   }
+  // As floats, which hold 32 of these multiples exactly; as integers, what stands for NaN would overflow.
   for (int h = 0; h < 2; ++h)
-    sums[h] = scale * static_cast<float>(_mm512_reduce_add_epi32(_mm512_add_epi32(whole[2 * h], whole[2 * h + 1])));
+    sums[h] = scale * _mm512_reduce_add_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(whole[2 * h], whole[2 * h + 1])));
   return scale;
 }
 
