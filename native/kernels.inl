@@ -48,27 +48,16 @@ const float* const* pointers(const float* p, int64_t count, int64_t stride) {
   return out;
 }
 
-// As to_bf16, without a branch, so that the compiler makes vectors of it: quantised weights are finite.
-inline void round_finite(const float* x, int64_t n, uint16_t* out) {
-  for (int64_t i = 0; i < n; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, x + i, sizeof(bits));
-    out[i] = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-  }
-}
-
 template <class F>
 void embed(const EmbedArgs& a, int64_t b) {
   using T = typename F::Element;
   check_index(a.ids[b] + a.offset, a.table_rows, "embed: row of the table");
   const T* row = static_cast<const T*>(a.table.data) + (a.ids[b] + a.offset) * a.table.stride;
-  thread_local std::vector<float> wide;
-  if (a.narrow_out) wide.resize(a.table.width);
-  float* out = a.narrow_out ? wide.data() : a.out + b * a.table.width;
+  float* out = a.narrow_out ? scratch<float, 3>(a.table.width) : a.out + b * a.table.width;
   if (!a.add) std::fill_n(out, a.table.width, 0.0f);
   const float one = 1;
   F(a.table).template axpy<1, 1>(&row, nullptr, &one, 0, 0, &out);
-  if (a.narrow_out) round_finite(out, a.table.width, a.narrow_out + b * a.table.width);
+  if (a.narrow_out) std::transform(out, out + a.table.width, a.narrow_out + b * a.table.width, to_bf16);
 }
 
 void reduce(const ReduceArgs& a, int64_t unit) {

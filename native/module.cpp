@@ -188,7 +188,10 @@ class Tape {
     require(out.ndim() == 2 && int64_t(out.shape(0)) == batch.size && int64_t(out.shape(1)) == table.width, "embed: shapes");
     const bool narrow = float_type(out) == DType::bf16;
     require(!(narrow && add), "embed: rows are added in float32");
-    push(EmbedArgs{ints(ids), rows(table), narrow ? nullptr : floats(out), narrow ? static_cast<uint16_t*>(raw(out)) : nullptr, batch, offset, table.shape(0), add}, kernels->embed[int(table.format)], "embed");
+    float* wide = narrow ? nullptr : floats(out);
+    uint16_t* rounded = narrow ? static_cast<uint16_t*>(raw(out)) : nullptr;
+    push(EmbedArgs{ints(ids), rows(table), wide, rounded, batch, offset, table.shape(0), add},
+         kernels->embed[int(table.format)], "embed");
   }
 
   void add_norm(const Array& x, const MaybeArray& partials, const MaybeArray& partial_bias, const MaybeArray& weight,

@@ -78,7 +78,7 @@ def multiplies_bf16() -> bool:
     matrices many times faster than in float32; without them, many times slower."""
     import torch
 
-    return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+    return torch.backends.mkldnn.is_available() and torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
 def _cgroup_cpus(root: Path) -> float | None:

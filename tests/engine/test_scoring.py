@@ -6,6 +6,7 @@ import torch
 import dejavu
 from dejavu.engine.scoring import Reads, Request, Scorer, passes
 from dejavu.errors import ConfigError
+from dejavu.kernels import cpu
 
 TEXT = """The river rises in the hills to the north of the town and flows south for about forty miles before it
 reaches the sea. In the nineteenth century several mills were built along its banks."""
@@ -54,12 +55,10 @@ def test_masked_passes_equal_decode_steps(base, requests, name):
         assert a.shape == (request.scored, base.config.vocab_size)
         away.append((a - b).abs().amax(1))
     away = torch.cat(away)
-    # Rounding may swap two units of near equal scores, which contribute next to nothing. A pack cuts at thresholds, and
-    # AVX-512 reads quantised predictors with inputs of 16 bits: a unit comes or goes with nothing in exchange. Seen
-    # there: one token of 51, by 0.04.
-    near = away < 2e-3
-    assert near.sum() >= len(away) - (2 if name == "pack" else 0)
-    assert away.max() < 0.1
+    # Rounding may swap two units of near equal scores; they contribute next to nothing. Only AVX-512 reads quantised
+    # predictors with inputs of 16 bits: there a unit at a pack's threshold may come or go (one token of 51, by 0.04).
+    strays = 2 if name == "pack" and cpu.isa() == "avx512" else 0
+    assert (away >= 2e-3).sum() <= strays and away.max() < (0.1 if strays else 2e-3)
     if name not in ("dense", "exact"):
         assert step_reads.tokens == mask_reads.tokens == sum(r.length - 1 for r in requests)
         # A pack cuts at thresholds, where rounding (of the steps' inputs, to 16 bits) moves a few over; others count.

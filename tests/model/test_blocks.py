@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import dejavu
+from dejavu.bench.peers.hugging_face import load_hugging_face
+from dejavu.checkpoint.source import open_checkpoint
 from dejavu.kernels import base
 
 TEXT = "The river rises in the hills to the north of the town and flows south for about forty miles."
@@ -30,9 +32,19 @@ def logits(engine, **how):
 def test_narrow_products_are_near_those_in_float32(engine, multiplies):
     wide, narrow = logits(engine), logits(engine, narrow=True)
     away = (wide - narrow).abs().max() / wide.std()
-    # Activations of 8 significant bits, eight layers of them; PyTorch's own bf16 models are as far off.
-    assert away < 0.15
+    assert away < 0.15  # activations of 8 significant bits, eight layers of them
     assert (away > 1e-4) == multiplies, "one of the two did not happen"
+
+
+def test_narrow_products_err_no_more_than_hugging_face(multiplies):
+    engine = dejavu.load("opt-mini", dtype="bf16")
+    theirs = load_hugging_face(open_checkpoint("opt-mini").path, torch.bfloat16)
+    ids = torch.tensor([engine.tokenizer.encode(TEXT)])
+    with torch.inference_mode():
+        rounded = theirs(ids).logits[0].float()
+        exact = theirs.float()(ids).logits[0]  # of the same weights, rounded to bf16
+    error = (logits(engine, narrow=True) - exact).square().mean()
+    assert error <= (rounded - exact).square().mean()
 
 
 def test_a_prompt_in_pieces_or_beside_others_is_near_itself_alone(engine, multiplies):

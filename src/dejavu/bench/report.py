@@ -29,20 +29,8 @@ def tables(fields: dict[str, Any], title: str) -> list[Table]:
     limit = fields["read_bandwidth_bytes_per_s"]
     times = table(
         f"{title}; this machine reads {limit / 1e9:.1f} GB/s",
-        *(
-            "",
-            "ms p20",
-            "p50",
-            "p80",
-            "tok/s",
-            "prompt",
-            "GB/step",
-            "of bandwidth",
-            "selecting",
-            "MLP",
-            "heads",
-            "whole",
-        ),
+        *("", "ms p20", "p50", "p80", "tok/s", "prompt ms"),
+        *("GB/step", "of bandwidth", "selecting", "MLP", "heads", "whole"),
     )
     for name, r in results.items():
         if "died" in r:

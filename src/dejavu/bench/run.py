@@ -89,7 +89,7 @@ class _Bench:
     def __init__(self, subject: Subject, ops: Backend, new_tokens: int, threads: int, folder: str | PathLike):
         self._subject, self._ops, self._new = subject, ops, new_tokens
         self._threads, self._folder = threads, folder
-        self._prefills_s: dict[str, list[float]] = {}  # by run: of every round
+        self._prefills_s: dict[str, list[float]] = {}  # by run: of every round, warm-up too
         self._facts: dict[str, dict[str, Any]] = {}  # by run: what it says of itself, beside times
 
     def run(
@@ -119,7 +119,7 @@ class _Bench:
                 "threads": self._threads,
                 "side_by_side": keep,
                 "read_bandwidth_bytes_per_s": limit,
-                "results": self._results({n: s for n, s in times.items() if n != _PASS}, limit),
+                "results": self._results({n: s for n, s in times.items() if n != _PASS}, rounds, limit),
             }
 
         times = interleave(
@@ -132,11 +132,11 @@ class _Bench:
         )
         return fields(times, repeat)
 
-    def _results(self, times: dict[str, list[float]], limit: float) -> dict[str, Any]:
+    def _results(self, times: dict[str, list[float]], rounds: int, limit: float) -> dict[str, Any]:
         results = {name: dict(self._facts[name]) for name in times}
         for name, r in results.items():
             if "died" not in r:  # of one that died some rounds are no measurement
-                r |= percentiles_ms(times[name]) | {"prefill_p50_ms": median(self._prefills_s[name]) * 1e3}
+                r |= percentiles_ms(times[name]) | {"prefill_p50_ms": median(self._prefills_s[name][-rounds:]) * 1e3}
         peers = {name: r for name, r in results.items() if "peer" in r and "died" not in r}
         for r in results.values():
             if "died" in r:

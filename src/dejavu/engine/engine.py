@@ -33,6 +33,8 @@ from dejavu.selection.pack import check_pack, load_pack
 
 # Caches are made in multiples of this many tokens, so that requests of like length share one.
 CACHE_STEP = 256
+# Characters for each token of the context, more than text has: a longer prompt is judged by its beginning first.
+BEGINNING = 16
 
 # Tokens of a calibration text that the static policy looks at: sets of hot neurons settle within a few hundred.
 CALIBRATION_TOKENS = 1024
@@ -260,11 +262,8 @@ class Engine:
     def _prompt_ids(self, prompt: str | list[int]) -> list[int]:
         V, context = self.config.vocab_size, self._context
         text = isinstance(prompt, str)
-        if text and len(prompt) > (most := self.tokenizer.chars(context)):  # before minutes go by over a huge one
-            raise CapacityError(
-                f"the prompt has {len(prompt):,} characters, and the {context} tokens of the model's context hold at "
-                f"most {most:,}; shorten it"
-            )
+        if text and len(prompt) > (most := BEGINNING * context):  # a huge one: minutes would go by over all of it
+            self._require_context(self.tokenizer.encode(prompt[:most]), f"the beginning of {most:,} characters alone")
         ids = self.tokenizer.encode(prompt) if text else prompt
         if not ids:
             raise ConfigError("the prompt is empty; give at least one token")
@@ -273,12 +272,15 @@ class Engine:
             raise CheckpointError(f"the tokenizer gives token {bad}, but the model has only {V}: they do not match")
         if bad is not None:
             raise ConfigError(f"token ids must be integers in [0, {V}), found {bad!r}")
-        if len(ids) > context:
-            raise CapacityError(
-                f"the prompt has {len(ids)} tokens, {len(ids) - context} more than the model's context of {context}; "
-                "shorten it"
-            )
+        self._require_context(ids, "it")
         return ids
+
+    def _require_context(self, ids: Sequence[int], what: str) -> None:
+        if len(ids) > self._context:
+            raise CapacityError(
+                f"the prompt is too long: {what} has {len(ids)} tokens, {len(ids) - self._context} more than the "
+                f"model's context of {self._context}; shorten it"
+            )
 
 
 def set_threads(ops: Backend, threads: int | None) -> None:

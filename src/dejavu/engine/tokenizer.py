@@ -43,7 +43,6 @@ class Tokenizer:
         self.bos_id, self._end = self._hf.bos_token_id, self._hf.eos_token_id
         own = set() if self._end is None else {self._end}
         self.eos_ids = frozenset(own | set(config.eos_token_ids) | _generation_eos(folder / "generation_config.json"))
-        self._longest: int | None = None
         self._special = {i: str(t) for i, t in self._hf.added_tokens_decoder.items() if t.special}
 
     def encode(self, text: str) -> list[int]:
@@ -61,13 +60,6 @@ class Tokenizer:
         if not ids and self.bos_id is None:
             raise ConfigError("the prompt is empty, and this tokenizer has no token to begin with; give some text")
         return ids or [self.bos_id]
-
-    def chars(self, tokens: int) -> int:
-        """A bound: a longer text has more tokens than that, whatever it says. Four times the longest token of the
-        vocabulary, since a tokenizer may write several characters as one before it cuts (Unicode's normal forms)."""
-        if self._longest is None:
-            self._longest = max(map(len, self._hf.get_vocab()))
-        return 4 * self._longest * tokens
 
     @property
     def prefix_id(self) -> int:

@@ -60,8 +60,10 @@ class TritonBackend(Backend):
         return plain.reshape(-1, plain.shape[-1])
 
     def matmul(self, x, w, bias=None):
-        out = x.to(w.dtype) @ w if bias is None else torch.addmm(bias.to(w.dtype), x.to(w.dtype), w)
-        return out.to(x.dtype)
+        if x.dtype == w.dtype:
+            return x @ w if bias is None else torch.addmm(bias.to(x.dtype), x, w)
+        out = (x.to(w.dtype) @ w).to(x.dtype)
+        return out if bias is None else out + bias
 
 
 BACKEND = TritonBackend
